@@ -1,0 +1,44 @@
+# What the shell tests share. Each runs in a folder of its own, on a tiny model and a small text.
+
+TRAIN=$(realpath "${TRAIN:-./train_nsa}")
+[ -x "$TRAIN" ] || { echo "there is no program ${TRAIN:-./train_nsa}: make builds it"; exit 1; }
+SAMPLE=$(realpath "${SAMPLE:-./sample}" 2>/dev/null)
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2  # many short runs: threads that spin would only disturb
+export ASAN_OPTIONS=detect_leaks=0                # what a program holds when it ends, the system takes
+work=$(mktemp -d) || exit 1
+trap 'cd /; rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0 failed=0
+
+seq 1000 3000 > text.txt
+tiny='-i text.txt --layers 2 --width 32 --heads 2 --kv-heads 1 -t 32 -b 2 -s 0 -v 0 -m 2'
+
+ok() { passed=$((passed + 1)); }
+not_ok() { failed=$((failed + 1)); echo "FAILED $*"; }
+
+# check NAME COMMAND...: the command succeeds
+check() {
+    name=$1; shift
+    if "$@" > check.txt 2>&1; then ok; else not_ok "$name: $*"; head -n 5 check.txt; fi
+}
+
+# good OPTIONS...: the program runs, exits with 0 and says nothing on stderr; its output is in out.txt
+good() {
+    "$TRAIN" "$@" > out.txt 2> err.txt
+    status=$?
+    if [ $status -eq 0 ] && [ ! -s err.txt ]; then ok; else not_ok "exit $status: train_nsa $*"; head -n 5 err.txt; fi
+}
+
+# bad CODE FRAGMENT OPTIONS...: the program ends with that code and one line on stderr that says FRAGMENT
+bad() {
+    code=$1 fragment=$2; shift 2
+    "$TRAIN" "$@" > out.txt 2> err.txt
+    status=$?
+    if [ $status -eq "$code" ] && [ "$(wc -l < err.txt)" -eq 1 ] && grep -qF -e "$fragment" err.txt; then ok
+    else not_ok "exit $status, not $code and \"$fragment\": train_nsa $*"; head -n 5 err.txt; fi
+}
+
+# The log without what differs from run to run.
+plain_log() { sed 's/,"tok\/s":[^,]*,"ms":[^,]*,"mem":[^,]*//' "$1"; }
+
+result() { echo "$passed passed, $failed failed"; [ "$failed" -eq 0 ]; }
