@@ -1,0 +1,168 @@
+# nsa.c. `make` builds the programs, `make run` trains the small model, `make help` lists everything.
+# Needs a C compiler and make. What else it finds, it uses; PORTABLE=1, OPENMP=0, BLAS=1, WERROR=1,
+# CC=clang and CFLAGS="..." change that.
+
+ifeq ($(origin CC),default)
+  CC := $(shell command -v gcc || command -v clang || echo cc)
+endif
+CFLAGS ?= -O3 -fno-math-errno -fno-trapping-math
+WARNINGS = -Wall -Wextra $(if $(filter 1,$(WERROR)),-Werror) $(QUIET)
+# clang reports every loop that it could not vectorise although a pragma asks for it
+QUIET := $(if $(findstring clang,$(shell $(CC) --version 2>/dev/null)),-Wno-pass-failed)
+LDLIBS = -lm
+
+, := ,
+hash := \#
+
+# Whether a small program compiles and links with the flags $(1) and the include line $(2).
+works = $(shell mkdir -p build && printf '$(2)\nint main(void) { return 0; }\n' > build/probe.c && \
+          $(CC) $(1) build/probe.c -o build/probe >build/probe.txt 2>&1 && echo yes)
+
+ifneq ($(MAKECMDGOALS),clean)
+  ifneq ($(PORTABLE),1)
+    NATIVE := $(if $(call works,-march=native),-march=native,$(if $(call works,-mcpu=native),-mcpu=native))
+    # AVX-512 at full width where there is one; compilers hold it back by default
+    NATIVE += $(if $(call works,-mprefer-vector-width=512),-mprefer-vector-width=512)
+  endif
+  ifneq ($(OPENMP),0)
+    OMP := $(if $(call works,-fopenmp,$(hash)include <omp.h>),-fopenmp,$(if $(call works,-Xpreprocessor -fopenmp -lomp,$(hash)include <omp.h>),-Xpreprocessor -fopenmp -lomp))
+  endif
+  ifeq ($(BLAS),1)
+    BLAS_LIBS ?= $(if $(call works,-lopenblas,$(hash)include <cblas.h>),-lopenblas,-lcblas)
+    ifneq ($(call works,$(BLAS_LIBS),$(hash)include <cblas.h>),yes)
+      $(error BLAS=1: cblas.h and $(BLAS_LIBS) were not found (Debian: apt install libopenblas-dev); or name the library, BLAS_LIBS="-L... -l...")
+    endif
+    DEFINES += -DUSE_CBLAS
+    LDLIBS += $(BLAS_LIBS)
+  endif
+endif
+SIMD_ONLY = -fopenmp-simd -Wno-unknown-pragmas
+FLAGS = -std=gnu11 $(CFLAGS) $(NATIVE) $(WARNINGS) $(DEFINES) $(or $(OMP),$(SIMD_ONLY)) -I.
+SANITIZE = -std=gnu11 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(WARNINGS) $(SIMD_ONLY) -I.
+
+NVCC ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+MPICC := $(shell command -v mpicc)
+NCCL := $(firstword $(wildcard /usr/include/nccl.h /usr/local/include/nccl.h /usr/local/cuda/include/nccl.h))
+
+PROGRAMS := $(basename $(wildcard train_nsa.c sample.c))
+C_TESTS := $(if $(wildcard test/test_io.c),build/test_io) $(if $(wildcard test/test_nsa.c),build/test_nsa build/test_nsa_double) $(if $(wildcard test/test_sample.c),build/test_sample build/test_sample_double)
+ASAN := $(if $(wildcard train_nsa.c),build/train_nsa_asan) $(if $(wildcard sample.c),build/sample_asan)
+ASAN_TESTS := $(if $(wildcard test/test_io.c),build/test_io_asan) $(if $(wildcard test/test_nsa.c),build/test_nsa_asan) $(if $(wildcard test/test_sample.c),build/test_sample_asan)
+SHELL_TESTS := $(wildcard test/test_*.sh)
+EMBEDDED = build/modeling_nsa.h
+
+.PHONY: all found run bench test test-asan test-gpu asan fuzz clean help FORCE
+.DELETE_ON_ERROR:
+
+all: found $(PROGRAMS)
+
+found:
+	@echo "compiler   $(CC) $(shell $(CC) -dumpfullversion -dumpversion 2>/dev/null), $(CFLAGS) $(NATIVE)"
+	@echo "OpenMP     $(if $(OMP),yes,no: one thread)"
+	@echo "BLAS       $(if $(filter 1,$(BLAS)),$(BLAS_LIBS),not used$(,) BLAS=1 links one)"
+	@echo "nvcc       $(if $(NVCC),$(NVCC),no: CPU programs only)"
+	@echo "MPI        $(if $(MPICC),$(MPICC),no)"
+	@echo "NCCL       $(if $(NCCL),$(NCCL),no)"
+
+# Every program depends on the files that its last compilation read (build/*.d), and on the flags.
+DEPEND = -MMD -MP -MF build/$(notdir $@).d -MT $@
+
+train_nsa sample: %: %.c $(EMBEDDED) build/flags
+	$(CC) $(FLAGS) $(DEPEND) $< -o $@ $(LDLIBS)
+
+build/%_asan: %.c $(EMBEDDED) build/flags
+	$(CC) $(SANITIZE) $(DEPEND) $< -o $@ $(LDLIBS)
+
+build/%_asan: test/%.c $(EMBEDDED) build/flags
+	$(CC) $(SANITIZE) $(DEPEND) $< -o $@ $(LDLIBS)
+
+build/%_double: test/%.c $(EMBEDDED) build/flags
+	$(CC) $(FLAGS) -Dreal=double $(DEPEND) $< -o $@ $(LDLIBS)
+
+build/test_%: test/test_%.c $(EMBEDDED) build/flags
+	$(CC) $(FLAGS) $(DEPEND) $< -o $@ $(LDLIBS)
+
+-include $(wildcard build/*.d)
+
+build/flags: FORCE
+	@mkdir -p build
+	@echo '$(CC) $(FLAGS) $(LDLIBS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(LDLIBS)' > $@
+
+# scripts/modeling_nsa.py goes into every checkpoint: the programs carry it as a string.
+build/modeling_nsa.h: scripts/modeling_nsa.py
+	@mkdir -p build
+	(echo 'const char modeling_nsa_py[] ='; sed 's/\\/\\\\/g; s/"/\\"/g; s/^/"/; s/$$/\\n"/' $<; echo ';') > $@
+
+# the generator of the built-in corpus, as a program of its own
+tales: data/tales
+data/tales: data/tales.c build/flags
+	$(CC) $(FLAGS) $< -o $@ $(LDLIBS)
+.PHONY: tales
+
+run: train_nsa
+	./train_nsa
+
+# what dev/benchmarks.md reports
+bench: build/bench
+	for i in 1 2 3; do ./build/bench peak; done; ./build/bench matmul
+	./build/bench step full 256 8 6 11
+	for T in 2048 8192; do for kind in full long; do ./build/bench step $$kind $$T 1 2 3; ./build/bench attention $$kind $$T 1 2 5; done; done
+	for kind in full long; do ./build/bench step $$kind 32768 1 2 1; ./build/bench attention $$kind 32768 1 2 1; done
+build/bench: dev/bench.c $(EMBEDDED) build/flags
+	$(CC) $(FLAGS) $(DEPEND) $< -o $@ $(LDLIBS)
+
+test: $(PROGRAMS) $(C_TESTS)
+	@sh test/run_tests.sh $(C_TESTS) $(SHELL_TESTS)
+
+# the same under the address and undefined-behaviour sanitizers
+asan: $(ASAN)
+test-asan: $(ASAN) $(ASAN_TESTS)
+	@TRAIN=build/train_nsa_asan SAMPLE=build/sample_asan sh test/run_tests.sh $(ASAN_TESTS) $(SHELL_TESTS)
+
+# everything that reads a file somebody else wrote, fuzzed: by libFuzzer where clang is there, else blindly
+FUZZ_SECONDS ?= 60
+CLANG := $(shell command -v clang)
+fuzz: build/fuzz_standalone $(if $(CLANG),build/fuzz_readers)
+	build/fuzz_standalone --seeds build/seeds
+	$(if $(CLANG),build/fuzz_readers -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/ build/seeds,build/fuzz_standalone --random 100000)
+
+build/fuzz_readers: test/fuzz_readers.c $(EMBEDDED) build/flags
+	$(CLANG) -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined $(SIMD_ONLY) -Wno-pass-failed -I. $(DEPEND) $< -o $@ -lm
+
+build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
+	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
+
+# the GPU program
+ifneq ($(wildcard train_nsa.cu),)
+NVCC_FLAGS ?= -O3 -arch=native
+train_nsacu samplecu: train_nsa.cu $(EMBEDDED) build/flags
+	$(NVCC) -std=c++17 $(NVCC_FLAGS) -I. $(if $(filter samplecu,$@),-DNSA_CU -x cu sample.c,$<) -o $@ -lcublasLt
+test-gpu: train_nsacu samplecu
+	$(NVCC) -std=c++17 $(NVCC_FLAGS) -I. test/test_nsa.cu -o build/test_nsa_cu -lcublasLt
+	@sh test/run_tests.sh build/test_nsa_cu
+else
+train_nsacu samplecu:
+	@echo "$@: the GPU program is not here (there is no train_nsa.cu); the CPU programs are: make $(PROGRAMS)"; exit 1
+test-gpu:
+	@echo "test-gpu: the GPU program is not here (there is no train_nsa.cu): nothing to test"
+endif
+
+clean:
+	rm -rf build train_nsa sample train_nsacu samplecu data/tales
+
+help:
+	@echo "make             the programs: $(PROGRAMS)"
+	@echo "make run         builds, then trains the small model on the built-in corpus and prints samples"
+	@echo "make test        every test that needs a compiler and nothing else"
+	@echo "make test-asan   the same under AddressSanitizer and UBSan"
+	@echo "make fuzz        fuzzes the readers of files for a minute (FUZZ_SECONDS=60)"
+	@echo "make bench       times the CPU program: peak, matrix products, training steps, attention"
+	@echo "make tales       data/tales, the generator of the built-in corpus and of long-range tasks"
+	@echo "make train_nsacu samplecu    the GPU programs (nvcc)"
+	@echo "make test-gpu    the GPU against the CPU"
+	@echo "make clean       removes what was built; runs in out/ stay"
+	@echo
+	@echo "with  BLAS=1 (link CBLAS)  PORTABLE=1 (any CPU of this kind)  OPENMP=0 (one thread)"
+	@echo "      WERROR=1 (warnings are errors)  CC=clang  CFLAGS=\"-O2 -g\""
+	@echo
+	@$(MAKE) -s found
