@@ -115,22 +115,21 @@ def split_spans(paths, fraction):
 
 
 class Shards:
-    """Writes tokens to NAME_000000.bin, NAME_000001.bin...; a file gets its name only when it is whole."""
+    """Writes tokens to NAME_000000.bin.part, NAME_000001.bin.part...; they get their names only when all are whole."""
 
     def __init__(self, folder, name, vocab, shard_tokens):
         import numpy
 
         self.numpy, self.folder, self.name, self.most = numpy, Path(folder), name, shard_tokens
         self.version, self.dtype = (1, "<u2") if vocab <= 65536 else (2, "<u4")
-        self.total, self.paths, self.file = 0, [], None
+        self.total, self.parts, self.file = 0, [], None
 
     def write(self, ids):
         array = self.numpy.asarray(ids, dtype=self.dtype)
         while len(array):
             if self.file is None:
-                self.path = self.folder / f"{self.name}_{len(self.paths):06d}.bin"
-                self.part = self.path.with_name(self.path.name + ".part")
-                self.file, self.count = open(self.part, "wb"), 0
+                self.parts.append(self.folder / f"{self.name}_{len(self.parts):06d}.bin.part")
+                self.file, self.count = open(self.parts[-1], "wb"), 0
                 self.file.write(bytes(4 * HEADER))
             some = array[: self.most - self.count]
             self.file.write(some.tobytes())
@@ -151,13 +150,17 @@ class Shards:
         os.fsync(self.file.fileno())
         self.file.close()
         self.file = None
-        os.replace(self.part, self.path)
-        self.paths.append(self.path)
+
+    def publish(self):
+        for part in self.parts:
+            os.replace(part, part.with_suffix(""))
+        self.parts = []
 
     def drop(self):
         if self.file is not None:
             self.file.close()
-            self.part.unlink(missing_ok=True)
+        for part in self.parts:
+            part.unlink(missing_ok=True)
 
 
 def bar(spans, what, quiet):
@@ -259,7 +262,7 @@ def main(argv=None):
         import tqdm  # noqa: F401
     except ImportError as error:
         die(f"{error}; install with: pip install tokenizers tqdm numpy")
-    shards = None
+    written = []
     try:
         for path in args.files + args.val:
             if not os.path.isfile(path):
@@ -275,24 +278,26 @@ def main(argv=None):
             print(f"tokenize.py: note: the text gave only {vocab} tokens, not {args.vocab}", file=sys.stderr)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        for old in list(out.glob("train_*.bin")) + list(out.glob("val_*.bin")):
-            old.unlink()  # shards of an earlier run would be read along with the new ones
-        part = out / "tokenizer.json.part"
-        tokenizer.save(str(part))
-        os.replace(part, out / "tokenizer.json")
         for name, spans in (("train", train), ("val", val)):
             if spans:
-                shards = Shards(out, name, vocab, args.shard_tokens)
+                written.append(shards := Shards(out, name, vocab, args.shard_tokens))
                 encode(tokenizer, spans, shards, args)
                 size = sum(end - begin for _, begin, end in spans)
-                print(f"{name}: {shards.total} tokens in {len(shards.paths)} file{'s' * (len(shards.paths) != 1)}, {size / max(shards.total, 1):.2f} bytes a token")
+                print(f"{name}: {shards.total} tokens in {len(shards.parts)} file{'s' * (len(shards.parts) != 1)}, {size / max(shards.total, 1):.2f} bytes a token")
+        part = out / "tokenizer.json.part"
+        tokenizer.save(str(part))
+        for old in list(out.glob("train_*.bin")) + list(out.glob("val_*.bin")):
+            old.unlink()  # shards of an earlier run would be read along with the new ones
+        os.replace(part, out / "tokenizer.json")
+        for shards in written:
+            shards.publish()
         print(f"{out}: vocabulary {vocab}, .bin version {shards.version}")
     except OSError as error:
         die(f"{error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:
         die("interrupted", 130)
     finally:
-        if shards is not None:
+        for shards in written:
             shards.drop()
 
 

@@ -271,18 +271,18 @@ def test_a_long_document_is_cut_where_it_does_not_matter():
 def test_large_vocabularies_take_four_bytes():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [f"<word{i}>" for i in range(66000)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    tokenizer.add_tokens([f"<word{i}>" for i in range(66000)])
     tokenizer.save(str(TEMP / "large.json"))
-    (TEMP / "large.txt").write_text("one <word65990> two " * 20)
+    (TEMP / "large.txt").write_text("one two three " * 20)
     python("data/tokenize.py", "encode", "--tokenizer", TEMP / "large.json", TEMP / "large.txt", "-o", TEMP / "large")
     version, tokens = read_bin(TEMP / "large/train_000000.bin")
-    assert version == 2 and max(tokens) == tokenizer.token_to_id("<word65990>") > 65535
+    assert version == 2 and tokens[0] == len(words) == 66256, "the end of text, whose number needs more than 16 bits, comes first"
+    train_text = (TEMP / "large.txt").read_text()[:int(0.9 * 280)]
+    assert tokenizer.decode(list(tokens[1:])) == train_text
 
 
 def test_tokenize_refuses_bad_input():
@@ -296,6 +296,11 @@ def test_tokenize_refuses_bad_input():
     refuses("empty", *script, "train", TEMP / "empty.txt", *out, rc=1)
     refuses("--vocab", *script, "train", a, "--vocab", "100", *out)
     refuses("--tokenizer", *script, "encode", a, *out)
+    kept = TEMP / "kept"
+    python("data/tokenize.py", "train", a, "--vocab", "300", "-o", kept, "-q")
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    refuses("not UTF-8", *script, "encode", a, TEMP / "latin.txt", "--tokenizer", kept / "tokenizer.json", "-o", kept, "-q", rc=1)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before, "a failed run leaves the earlier run's files alone"
     refuses("not a tokenizer.json", *script, "encode", a, "--tokenizer", a, *out, rc=1)
     refuses("unrecognized", *script, "train", a, "--wrong", *out)
     refuses("plain.txt", *script, "train", a, "--vocab", "260", "-o", a, "-q", rc=1)
