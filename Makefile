@@ -132,23 +132,29 @@ build/fuzz_readers: test/fuzz_readers.c $(EMBEDDED) build/flags
 build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
 	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
 
-# the GPU program
-ifneq ($(wildcard train_nsa.cu),)
-NVCC_FLAGS ?= -O3 -arch=native
-train_nsacu samplecu: train_nsa.cu $(EMBEDDED) build/flags
-	$(NVCC) -std=c++17 $(NVCC_FLAGS) -I. $(if $(filter samplecu,$@),-DNSA_CU -x cu sample.c,$<) -o $@ -lcublasLt
-test-gpu: train_nsacu samplecu
-	$(NVCC) -std=c++17 $(NVCC_FLAGS) -I. test/test_nsa.cu -o build/test_nsa_cu -lcublasLt
-	@sh test/run_tests.sh build/test_nsa_cu
-else
-train_nsacu samplecu:
-	@echo "$@: the GPU program is not here (there is no train_nsa.cu); the CPU programs are: make $(PROGRAMS)"; exit 1
-test-gpu:
-	@echo "test-gpu: the GPU program is not here (there is no train_nsa.cu): nothing to test"
+# the GPU program: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
+ifneq ($(and $(NVCC),$(filter train_nsacu build/test_nsa_cu test-gpu,$(MAKECMDGOALS))),)
+  GPU_HERE := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null | head -n 1))
+  GPU_KNOWN := $(filter 80 89 90 100,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
+  GPU_ARCH ?= $(if $(GPU_HERE),-arch=sm_$(GPU_HERE),$(foreach a,$(GPU_KNOWN),-gencode=arch=compute_$(a)$(,)code=sm_$(a)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
+  NVCC_OMP := $(if $(findstring -fopenmp,$(OMP)),-Xcompiler -fopenmp)
 endif
+NVCC_FLAGS ?= -O3
+NVCC_ALL = -std=c++17 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
+
+train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+	$(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+
+build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+
+# the GPU against the CPU
+test-gpu: train_nsacu build/test_nsa_cu
+	@TRAIN=./train_nsacu sh test/run_tests.sh build/test_nsa_cu test/test_resume.sh
 
 clean:
-	rm -rf build train_nsa sample train_nsacu samplecu data/tales
+	rm -rf build train_nsa sample train_nsacu data/tales
 
 help:
 	@echo "make             the programs: $(PROGRAMS)"
@@ -158,7 +164,7 @@ help:
 	@echo "make fuzz        fuzzes the readers of files for a minute (FUZZ_SECONDS=60)"
 	@echo "make bench       times the CPU program: peak, matrix products, training steps, attention"
 	@echo "make tales       data/tales, the generator of the built-in corpus and of long-range tasks"
-	@echo "make train_nsacu samplecu    the GPU programs (nvcc)"
+	@echo "make train_nsacu the GPU program (nvcc, cuBLAS); GPU_ARCH=-arch=sm_90 chooses the GPU"
 	@echo "make test-gpu    the GPU against the CPU"
 	@echo "make clean       removes what was built; runs in out/ stay"
 	@echo

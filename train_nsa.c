@@ -76,6 +76,13 @@ SPDX-License-Identifier: MIT
 typedef float real;
 #endif
 
+// Small functions that the kernels of train_nsa.cu call too.
+#ifdef __CUDACC__
+#define DEVICE __host__ __device__
+#else
+#define DEVICE
+#endif
+
 // ----------------------------------------------------------------------------
 // 1. Utilities: errors, memory, growing text
 
@@ -312,7 +319,7 @@ int64_t total_memory_bytes(void) {
 // Random numbers. Philox4x32-10 (Salmon et al. 2011) scrambles a 128-bit counter under a 64-bit key.
 // No state: random number i is a function of (seed, stream, i), the same for any thread, rank or order.
 
-static inline void philox4x32(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
+DEVICE static inline void philox4x32(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
     uint32_t a = counter[0], b = counter[1], c = counter[2], d = counter[3], k0 = key[0], k1 = key[1];
     for (int round = 0; round < 10; round++) {
         uint64_t p = (uint64_t)0xD2511F53u * a, q = (uint64_t)0xCD9E8D57u * c;
@@ -3278,8 +3285,8 @@ enum {
     KC = 384, MC = 8 * MR, NC = 2048                // cache blocking of the packed product
 };
 
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+DEVICE INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+DEVICE INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static inline int thread_count(void) {
@@ -3534,7 +3541,7 @@ void linear_backward(real *dinp, int64_t dinp_row, real *dweight, const real *do
 
 // exp for the inner loops: in float a polynomial without branches (relative error 1e-7), so that the compiler makes
 // vectors of it; in double the library's. Below -87 it is 0, and NaN stays NaN.
-static inline real fast_exp(real x) {
+DEVICE static inline real fast_exp(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     float z = (float)x, y = z > -87.0f ? z : -87.0f;
     y = y < 88.0f ? y : 88.0f;
@@ -3553,12 +3560,12 @@ static inline real fast_exp(real x) {
 }
 
 static inline real root(real x) { return sizeof(real) == sizeof(double) ? (real)sqrt((double)x) : (real)sqrtf((float)x); }
-static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
+DEVICE static inline real sigmoid(real x) { return 1 / (1 + fast_exp(-x)); }
 
 // GELU in its tanh form, written with a sigmoid: tanh(u) = 2 sigmoid(2u) - 1.
 static const double gelu_c = 0.79788456080286535588, gelu_k = 0.044715;       // sqrt(2/pi), Hendrycks and Gimpel 2016
-static inline real gelu(real x) { return x * sigmoid((real)(2 * gelu_c) * (x + (real)gelu_k * x * x * x)); }
-static inline real gelu_slope(real x) {
+DEVICE static inline real gelu(real x) { return x * sigmoid((real)(2 * gelu_c) * (x + (real)gelu_k * x * x * x)); }
+DEVICE static inline real gelu_slope(real x) {
     real s = sigmoid((real)(2 * gelu_c) * (x + (real)gelu_k * x * x * x));
     return s + x * s * (1 - s) * (real)(2 * gelu_c) * (1 + (real)(3 * gelu_k) * x * x);
 }
@@ -3661,12 +3668,12 @@ typedef struct Mask {
 } Mask;
 
 // How many compressed blocks a query at position t sees; with t = T-1 it is Nc = (T-l)/d + 1, the number of blocks.
-static inline int64_t compressed_seen(int64_t t, int block, int stride) {
+DEVICE static inline int64_t compressed_seen(int64_t t, int block, int stride) {
     return t + 1 < block ? 0 : (t + 1 - block) / stride + 1;
 }
 
 // The keys [lo, hi) that query t may see (selection: within its blocks).
-static inline void key_range(const Mask *mask, int64_t t, int64_t *lo, int64_t *hi) {
+DEVICE static inline void key_range(const Mask *mask, int64_t t, int64_t *lo, int64_t *hi) {
     *lo = mask->kind == MASK_WINDOW ? max64(0, t - mask->window + 1) : 0;
     *hi = mask->kind == MASK_COMPRESSED ? compressed_seen(t, mask->block, mask->stride) : t + 1;
 }
@@ -4147,7 +4154,7 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
 typedef struct SelectShape { int cmp_block, cmp_stride, sel_block, n, n_init, n_local; } SelectShape;
 
 // Eq. 9 read geometrically: how many of the d-token pieces of compressed block i lie in selection block j.
-static inline int64_t pieces_inside(int64_t i, int64_t j, const SelectShape *s) {
+DEVICE static inline int64_t pieces_inside(int64_t i, int64_t j, const SelectShape *s) {
     const int64_t per_block = s->sel_block / s->cmp_stride, pieces = s->cmp_block / s->cmp_stride;
     return max64(0, min64(i + pieces, (j + 1) * per_block) - max64(i, j * per_block));
 }
@@ -4314,17 +4321,23 @@ void swiglu_backward(real *dgate_up, const real *dh, const real *gate_up, int64_
 // Dropout: the mask is a function of (seed, step, site, element) alone, so that any split of the batch and any device
 // draws the same. Element e takes word e%4 of Philox(counter = {e/4, site, step}, key = seed). x (n) in place, at element e0.
 
+DEVICE static inline uint32_t dropout_limit(double p) { return (uint32_t)(p * 4294967296.0); }     // words below it are dropped
+
+DEVICE static inline void dropout_words(uint32_t word[4], int64_t quad, uint64_t seed, int64_t step, int site) {
+    const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    const uint32_t counter[4] = {(uint32_t)quad, (uint32_t)((uint64_t)quad >> 32), (uint32_t)site, (uint32_t)step};
+    philox4x32(word, counter, key);
+}
+
 void dropout_apply(real *x, int64_t n, int64_t e0, double p, uint64_t seed, int64_t step, int site) {
     if (p <= 0) return;
-    const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-    const uint32_t limit = (uint32_t)(p * 4294967296.0);
+    const uint32_t limit = dropout_limit(p);
     const real keep = (real)(1 / (1 - p));
     const int64_t first = e0 / 4, last = (e0 + n + 3) / 4;
     #pragma omp parallel for if (n > 4096)
     for (int64_t quad = first; quad < last; quad++) {
-        const uint32_t counter[4] = {(uint32_t)quad, (uint32_t)((uint64_t)quad >> 32), (uint32_t)site, (uint32_t)step};
         uint32_t word[4];
-        philox4x32(word, counter, key);
+        dropout_words(word, quad, seed, step, site);
         for (int64_t e = max64(quad * 4, e0); e < min64(quad * 4 + 4, e0 + n); e++) x[e - e0] *= word[e % 4] < limit ? 0 : keep;
     }
 }
@@ -4583,6 +4596,7 @@ typedef struct Model {
     double *gate_sum;                   // (L,3) sums of gates since model_stats_reset, over gate_count[l] (token, head)s
     int64_t *gate_count;
     double *moe_load;                   // (L,E) choices of each expert since then
+    struct Model *twin;                 // train_nsacu: the same model in the GPU's memory, which does the work
 } Model;
 
 // ----------------------------------------------------------------------------
@@ -4921,23 +4935,29 @@ static int64_t carve_scratch(Scratch *s, const Config *c, int64_t B, int64_t T, 
     return used;
 }
 
-// Bytes that a model takes before it takes them; `table` (or NULL) gets a line for each part.
-int64_t model_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
-    LayerActs *acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
-    Scratch scratch;
-    const int64_t params = count_params(c), size = (int64_t)sizeof(real);
-    const int64_t part[] = {params, train ? params : 0, train ? 2 * params : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
-                            carve_scratch(&scratch, c, B, T, train, NULL) + B * T + max64(T, 1) * c->head_dim +
-                                (int64_t)thread_count() * (PACK_A + PACK_B)};
+// Bytes of the parts of a model, given in numbers; `table` (or NULL) gets a line for each part.
+int64_t memory_table(const int64_t part[5], Text *table) {
     const char *name[] = {"weights", "gradients", "AdamW state", "activations", "working memory"};
+    const int64_t size = (int64_t)sizeof(real);
     int64_t total = 0;
-    free(acts);
     for (int i = 0; i < 5; i++) {
         total += part[i] * size;
         if (table && part[i]) text_add(table, "  %-16s %10.1f MB\n", name[i], (double)(part[i] * size) / 1e6);
     }
     if (table) text_add(table, "  %-16s %10.1f MB\n", "total", (double)total / 1e6);
     return total;
+}
+
+// What a model takes, before it is taken.
+int64_t model_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
+    LayerActs *acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
+    Scratch scratch;
+    const int64_t params = count_params(c);
+    const int64_t part[] = {params, train ? params : 0, train ? 2 * params : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
+                            carve_scratch(&scratch, c, B, T, train, NULL) + B * T + max64(T, 1) * c->head_dim +
+                                (int64_t)thread_count() * (PACK_A + PACK_B)};
+    free(acts);
+    return memory_table(part, table);
 }
 
 // Takes what model_bytes counted: activations for up to B·T tokens, and with `train` gradients and AdamW's state.
@@ -5318,6 +5338,40 @@ void model_adamw(Model *m, double lr, double beta1, double beta2, double eps, do
         }
     }
 }
+
+// ----------------------------------------------------------------------------
+// The device that trains. Section 7 calls it by these names: here they are the functions above; train_nsa.cu, which defines
+// NSA_GPU, brings twins that do the same on a GPU.
+
+#ifdef NSA_GPU
+int64_t device_memory(void);
+void device_describe(Text *out);
+int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table);
+void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train);
+void device_store(Model *m);        // weights and AdamW's state, to the device
+void device_fetch(Model *m);        // and back, for a checkpoint
+double device_evaluate(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T);
+void device_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logits, int last_only);
+void device_zero_grads(Model *m);
+double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info);
+double device_grad_norm(const Model *m);
+void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip);
+#else
+#define device_memory total_memory_bytes
+#define device_bytes model_bytes
+#define device_alloc model_alloc
+#define device_evaluate model_evaluate
+#define device_logits model_logits
+#define device_zero_grads model_zero_grads
+#define device_forward_backward model_forward_backward
+#define device_grad_norm model_grad_norm
+#define device_adamw model_adamw
+static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
+static inline void device_fetch(Model *m) { (void)m; }
+static inline void device_describe(Text *out) {
+    text_add(out, "%d thread%s, %s", thread_count(), thread_count() > 1 ? "s" : "", sizeof(real) == 4 ? "f32" : "f64");
+}
+#endif
 
 // ----------------------------------------------------------------------------
 // 7. Training
@@ -5873,7 +5927,7 @@ void print_sample(Run *run, Model *model) {
     printf("\n--- sample at step %" PRId64 "%s\n", run->progress.step,
            text_known ? "" : " (token numbers: there is no tokenizer.json)");
     for (int64_t i = 0; i < run->options.sample_len && !stop_signal; i++) {
-        model_logits(model, context, 1, n, logits, 1);
+        device_logits(model, context, 1, n, logits, 1);
         int token = sample_token(logits, V, &rng);
         if (token == eos) break;
         if (n == T) memmove(context, context + 1, (size_t)--n * sizeof(int));
@@ -5910,7 +5964,7 @@ double evaluate(Run *run, Model *model) {
             memcpy(run->tokens + (int64_t)rows * T, run->window, (size_t)T * sizeof(int));
             memcpy(run->targets + (int64_t)rows * T, run->window + 1, (size_t)T * sizeof(int));
         }
-        if (rows) sum += rows * model_evaluate(model, run->tokens, run->targets, rows, T);
+        if (rows) sum += rows * device_evaluate(model, run->tokens, run->targets, rows, T);
     }
     return sum / (double)windows;
 }
@@ -5928,7 +5982,7 @@ StepReport train_step(Run *run, Model *model) {
     info.seed = (uint64_t)o->seed;
     info.step = p->step;
     info.grad_scale = 1.0 / run->accumulation;
-    model_zero_grads(model);
+    device_zero_grads(model);
     order_seek(&run->order, o->overfit ? 0 : p->sequence);
     for (int micro = 0; micro < run->accumulation; micro++) {
         info.first_sequence = (int64_t)micro * B;
@@ -5937,12 +5991,12 @@ StepReport train_step(Run *run, Model *model) {
             memcpy(run->tokens + (int64_t)row * T, run->window, (size_t)T * sizeof(int));
             memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof(int));
         }
-        r.loss += model_forward_backward(model, run->tokens, run->targets, B, T, &info) * info.grad_scale;
+        r.loss += device_forward_backward(model, run->tokens, run->targets, B, T, &info) * info.grad_scale;
         r.moe_z += model->moe_z * info.grad_scale;
         r.moe_balance += model->moe_balance * info.grad_scale;
     }
     r.lr = learning_rate(o, p->step);
-    r.grad_norm = model_grad_norm(model);
+    r.grad_norm = device_grad_norm(model);
     p->step++;
     p->sequence += (int64_t)run->accumulation * B;
     p->tokens += o->total_batch;
@@ -5953,7 +6007,7 @@ StepReport train_step(Run *run, Model *model) {
             p->step,
             isfinite(r.loss) ? "gradient" : "loss", isfinite(r.loss) ? r.grad_norm : r.loss);
     double clip = o->grad_clip > 0 && r.grad_norm > o->grad_clip ? o->grad_clip / r.grad_norm : 1;
-    if (!r.skipped) model_adamw(model, r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, p->step, clip);
+    if (!r.skipped) device_adamw(model, r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, p->step, clip);
     r.seconds = now_seconds() - start;
     return r;
 }
@@ -6152,11 +6206,8 @@ void run_prepare(Run *run, int argc, char **argv) {
 void print_header(const Run *run, const Model *model, const Text *memory) {
     const Options *o = &run->options;
     const Config *c = &run->config;
-    int len, full = 0, threads = 1;
+    int len, full = 0;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) full += layer_is_full(c, layer);
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
     printf("model      %d layer%s, width %d, %d heads of %d on %d kv head%s, vocabulary %d: %s parameters%s%s\n",
            c->num_hidden_layers, c->num_hidden_layers > 1 ? "s" : "", c->hidden_size, c->num_attention_heads, c->head_dim,
            c->num_key_value_heads, c->num_key_value_heads > 1 ? "s" : "", c->vocab_size,
@@ -6188,8 +6239,10 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
         printf("rate       %g, %.*s, warm-up %" PRId64 " steps\n", o->lr, len, schedule, o->warmup);
     }
     printf("memory     %s, counted before it is taken\n%s", human_bytes((double)run->memory), memory->data);
-    printf("machine    %d thread%s, %s%s\n", threads, threads > 1 ? "s" : "", sizeof(real) == 4 ? "f32" : "f64",
-           o->zero ? "; -z 1 has nothing to shard: one process" : "");
+    Text machine = {NULL, 0, 0};
+    device_describe(&machine);
+    printf("machine    %s%s\n", machine.data, o->zero ? "; -z 1 has nothing to shard: one process" : "");
+    free(machine.data);
     if (run->out) printf("output     %s\n", run->out);
     printf("\n");
     fflush(stdout);
@@ -6201,14 +6254,14 @@ void run_model(Run *run, Model *model) {
     char err[ERR_LEN];
     Text table = {NULL, 0, 0};
     int train = !o->evaluate_only;
-    int64_t machine = total_memory_bytes();
-    run->memory = model_bytes(&run->config, o->batch, o->seq_len, o->recompute, train, &table);
+    int64_t machine = device_memory();
+    run->memory = device_bytes(&run->config, o->batch, o->seq_len, o->recompute, train, &table);
     if (machine && run->memory > machine)
         die(2, "this needs %s of memory and the machine has %s: use a smaller -b (%d) or -t (%d)%s",
             human_bytes((double)run->memory), human_bytes((double)machine), o->batch, o->seq_len,
             train && o->recompute < 2 ? ", or -r 2" : "");
     model_create(model, &run->config);
-    model_alloc(model, o->batch, o->seq_len, o->recompute, train);
+    device_alloc(model, o->batch, o->seq_len, o->recompute, train);
     if (!run->start) model_init(model, (uint64_t)o->seed, o->gate_init);
     else if (checkpoint_load_weights(model, run->start, err) < 0) die(1, "%s", err);
     if (o->resume && train && checkpoint_load_state(run, model, run->start, err) < 0) die(1, "%s", err);
@@ -6218,6 +6271,7 @@ void run_model(Run *run, Model *model) {
     if (o->resume && o->early_stop && run->progress.stale >= o->early_stop)
         die(2, "-y: %s stopped early after %" PRId64 " validations without a better one: use a larger --early-stop to go on",
             run->out, run->progress.stale);
+    device_store(model);
     if (run->out) make_out(run);
     print_header(run, model, &table);
     free(table.data);
@@ -6285,8 +6339,10 @@ void run_train(Run *run, Model *model) {
         done = every_step_done || early || stop_signal;
         log_step(run, model, &r);
         print_step(run, &r, (now_seconds() - start) / (double)(p->step - first) * (double)(o->max_steps - p->step));
-        if (done || (o->checkpoint_every && p->step % o->checkpoint_every == 0) || (o->early_stop && better))
+        if (done || (o->checkpoint_every && p->step % o->checkpoint_every == 0) || (o->early_stop && better)) {
+            device_fetch(model);
             if (checkpoint_save(run, model, err) < 0) die(1, "no checkpoint of step %" PRId64 ": %s", p->step, err);
+        }
         if (early && !every_step_done)
             printf("stopped early: no better validation than %.4f at step %" PRId64 "\n", p->best_val, p->best_step);
         if (o->sample_every && !stop_signal && (done || p->step % o->sample_every == 0)) print_sample(run, model);
@@ -6303,8 +6359,7 @@ void run_train(Run *run, Model *model) {
     printf("  continue  ./%s -y -o %s -x %" PRId64 "\n", program_name, run->out, 2 * o->max_steps);
 }
 
-#ifndef NSA_NO_MAIN
-int main(int argc, char **argv) {
+int train_main(int argc, char **argv) {
     Run run;
     Model model;
     patient_threads(argv);
@@ -6317,4 +6372,7 @@ int main(int argc, char **argv) {
     }
     return 0;
 }
+
+#if !defined(NSA_NO_MAIN) && !defined(NSA_GPU)
+int main(int argc, char **argv) { return train_main(argc, argv); }
 #endif

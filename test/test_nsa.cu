@@ -1,0 +1,298 @@
+// The GPU against the CPU: the same weights and tokens through both models, in one process. Run from the root of the repository:
+//     make test-gpu
+// f32, without TF32. Blocks are chosen by the CPU for both, so that a tie is not an error; disagreements are counted apart.
+
+#define NSA_CU_NO_MAIN
+#include "../train_nsa.cu"
+
+static int passed = 0, failed = 0;
+
+__attribute__((format(printf, 2, 3)))
+static void check(int ok, const char *fmt, ...) {
+    if (ok) {
+        passed++;
+        return;
+    }
+    va_list ap;
+    va_start(ap, fmt);
+    printf("FAILED ");
+    vprintf(fmt, ap);
+    printf("\n");
+    va_end(ap);
+    failed++;
+}
+
+// |a - b| / (|b| + tiny), norms; NaN is not small.
+static double error_of(const float *a, const float *b, int64_t n, double tiny) {
+    double diff = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        norm += (double)b[i] * (double)b[i];
+    }
+    const double e = sqrt(diff) / (sqrt(norm) + tiny);
+    return diff == 0 ? 0 : e == e ? e : INFINITY;
+}
+
+static double norm_of(const float *a, int64_t n) {
+    double norm = 0;
+    for (int64_t i = 0; i < n; i++) norm += (double)a[i] * (double)a[i];
+    return sqrt(norm);
+}
+
+static Rng rng = {77, 1, 0};
+
+// ----------------------------------------------------------------------------
+// A case: a model on both sides, with weights of init + 0.1·normal, and a batch
+
+typedef struct Case {
+    const char *name;
+    Config config;
+    int64_t B, T;
+    int recompute;
+    double dropout;
+} Case;
+
+typedef struct Pair {
+    Model cpu, gpu;
+    int *tokens, *targets;
+    int **block_idx;
+} Pair;
+
+static Config tiny(void) {
+    Config c = config_default();
+    c.num_hidden_layers = 2;
+    c.hidden_size = 40;
+    c.num_attention_heads = 4;
+    c.num_key_value_heads = 2;
+    c.head_dim = 16;
+    c.vocab_size = 97;
+    c.cmp_block = 8;
+    c.cmp_stride = 4;
+    c.sel_block = 8;
+    c.sel_blocks = 4;
+    c.window = 12;
+    return c;
+}
+
+static void pair_make(Pair *p, const Case *x) {
+    const double gate_init[BRANCHES] = {-2, -2, 2};
+    Config c = x->config;
+    char err[ERR_LEN];
+    config_complete(&c);
+    memset(p, 0, sizeof *p);
+    if (config_validate(&c, err) < 0) die(1, "%s: %s", x->name, err);
+    model_create(&p->cpu, &c);
+    model_alloc(&p->cpu, x->B, x->T, 0, 1);
+    model_init(&p->cpu, 5, gate_init);
+    for (int64_t i = 0; i < p->cpu.num_elements; i++) p->cpu.weights[i] += (real)0.1 * normal_at(9, 1, (uint64_t)i);
+    model_create(&p->gpu, &c);
+    device_alloc(&p->gpu, x->B, x->T, x->recompute, 1);
+    memcpy(p->gpu.weights, p->cpu.weights, (size_t)p->cpu.num_elements * sizeof(real));
+    device_store(&p->gpu);
+    p->tokens = (int *)xmalloc((size_t)(x->B * x->T) * sizeof(int));
+    p->targets = (int *)xmalloc((size_t)(x->B * x->T) * sizeof(int));
+    p->block_idx = (int **)xcalloc((size_t)c.num_hidden_layers, sizeof(int *));
+    for (int64_t i = 0; i < x->B * x->T; i++) {
+        p->tokens[i] = (int)rng_below(&rng, (uint64_t)c.vocab_size);
+        p->targets[i] = (int)rng_below(&rng, (uint64_t)c.vocab_size);
+    }
+}
+
+static void pair_free(Pair *p) {
+    for (int l = 0; l < p->cpu.config.num_hidden_layers; l++) CUDA(cudaFree(p->block_idx[l]));
+    device_free(&p->gpu);
+    model_free(&p->cpu);
+    model_free(&p->gpu);
+    free(p->block_idx);
+    free(p->tokens);
+    free(p->targets);
+}
+
+static int64_t idx_count(const Case *x, const Config *c) { return x->B * x->T * c->num_key_value_heads * c->sel_blocks; }
+
+static int64_t choices, other_choices;      // of all cases: what the GPU by itself chose as the CPU did not
+
+static void test_case(const Case *x) {
+    Pair p;
+    pair_make(&p, x);
+    const Config *c = &p.cpu.config;
+    const int64_t N = x->B * x->T, V = c->vocab_size, n = p.cpu.num_elements;
+    StepInfo info = {x->dropout, 11, 3, 2, 0.5};
+
+    // The GPU's own choice, then the CPU's for both.
+    model_zero_grads(&p.cpu);
+    const double cpu_loss = model_forward_backward(&p.cpu, p.tokens, p.targets, x->B, x->T, &info);
+    const double cpu_z = p.cpu.moe_z, cpu_balance = p.cpu.moe_balance;
+    device_zero_grads(&p.gpu);
+    device_forward_backward(&p.gpu, p.tokens, p.targets, x->B, x->T, &info);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        if (layer_is_full(c, l)) continue;
+        const int64_t count = idx_count(x, c);
+        if (x->recompute < 2) {
+            int *own = (int *)xmalloc((size_t)count * sizeof(int));
+            to_host(own, p.gpu.twin->acts[l].block_idx, count * (int64_t)sizeof(int));
+            choices += count;
+            for (int64_t i = 0; i < count; i++) other_choices += own[i] != p.cpu.acts[l].block_idx[i];
+            free(own);
+        }
+        p.block_idx[l] = (int *)device_malloc(count * (int64_t)sizeof(int));
+        to_device(p.block_idx[l], p.cpu.acts[l].block_idx, count * (int64_t)sizeof(int));
+    }
+    given_block_idx = p.block_idx;
+    device_zero_grads(&p.gpu);
+    const double gpu_loss = device_forward_backward(&p.gpu, p.tokens, p.targets, x->B, x->T, &info);
+    check(fabs(gpu_loss - cpu_loss) < 1e-4 * fabs(cpu_loss), "%s: loss %.8f, CPU %.8f", x->name, gpu_loss, cpu_loss);
+    check(fabs(p.gpu.moe_z - cpu_z) <= 1e-4 * fabs(cpu_z), "%s: z loss %.8g, CPU %.8g", x->name, p.gpu.moe_z, cpu_z);
+    check(fabs(p.gpu.moe_balance - cpu_balance) <= 1e-4 * fabs(cpu_balance), "%s: balance loss %.8g, CPU %.8g", x->name, p.gpu.moe_balance, cpu_balance);
+
+    float *grads = (float *)xmalloc((size_t)n * sizeof(float)), *again = (float *)xmalloc((size_t)n * sizeof(float));
+    to_host(grads, p.gpu.twin->grads, n * (int64_t)sizeof(float));
+    const double all = norm_of(p.cpu.grads, n);
+    double worst = 0;
+    for (int i = 0; i < p.cpu.num_params; i++) {
+        const Param *t = &p.cpu.params[i];
+        const double e = error_of(grads + t->offset, p.cpu.grads + t->offset, t->count, 1e-6 * all);
+        check(e < 1e-4, "%s: gradient of %s: error %.2e", x->name, t->name, e);
+        worst = fmax(worst, e);
+    }
+    check(fabs(device_grad_norm(&p.gpu) - all) < 1e-4 * all, "%s: gradient norm %.8g, CPU %.8g", x->name, device_grad_norm(&p.gpu), all);
+
+    // The same call, the same bits.
+    device_zero_grads(&p.gpu);
+    device_forward_backward(&p.gpu, p.tokens, p.targets, x->B, x->T, &info);
+    to_host(again, p.gpu.twin->grads, n * (int64_t)sizeof(float));
+    check(memcmp(grads, again, (size_t)n * sizeof(float)) == 0, "%s: gradients differ from run to run", x->name);
+
+    // Logits of an evaluation, all and last; and what it logs.
+    given_block_idx = NULL;
+    float *a = (float *)xmalloc((size_t)(N * V) * sizeof(float)), *b = (float *)xmalloc((size_t)(N * V) * sizeof(float));
+    model_stats_reset(&p.cpu);
+    model_stats_reset(&p.gpu);
+    model_logits(&p.cpu, p.tokens, x->B, x->T, a, 0);
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        if (p.block_idx[l]) to_device(p.block_idx[l], p.cpu.acts[l].block_idx, idx_count(x, c) * (int64_t)sizeof(int));
+    given_block_idx = p.block_idx;
+    device_logits(&p.gpu, p.tokens, x->B, x->T, b, 0);
+    const double e = error_of(b, a, N * V, 0);
+    check(e < 1e-4, "%s: logits: error %.2e", x->name, e);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        for (int branch = 0; branch < BRANCHES; branch++) {
+            const double cpu = p.cpu.gate_sum[l * BRANCHES + branch], gpu_sum = p.gpu.gate_sum[l * BRANCHES + branch];
+            check(fabs(cpu - gpu_sum) <= 1e-4 * fabs(cpu), "%s: gates of layer %d: %g, CPU %g", x->name, l, gpu_sum, cpu);
+        }
+        for (int i = 0; i < c->num_experts; i++)
+            check(p.cpu.moe_load[l * c->num_experts + i] == p.gpu.moe_load[l * c->num_experts + i], "%s: load of expert %d", x->name, i);
+    }
+    device_logits(&p.gpu, p.tokens, x->B, x->T, a, 1);
+    for (int64_t i = 0; i < x->B; i++)
+        check(memcmp(a + i * V, b + ((i + 1) * x->T - 1) * V, (size_t)V * sizeof(float)) == 0 || error_of(a + i * V, b + ((i + 1) * x->T - 1) * V, V, 0) < 1e-5,
+              "%s: the last logits alone", x->name);
+    given_block_idx = NULL;
+    printf("%-26s loss %.6f, worst gradient %.1e, logits %.1e\n", x->name, gpu_loss, worst, e);
+    free(grads);
+    free(again);
+    free(a);
+    free(b);
+    pair_free(&p);
+}
+
+static void test_cases(void) {
+    Config c = tiny(), d;
+    Case x = {"nsa", c, 2, 75, 0, 0};
+    test_case(&x);
+    const char *kinds[] = {"mlp", "grouped_mlp", "conv1d", "avgpool"}, *gates[] = {"input", "q_cond", "static"};
+    for (int kind = 0; kind < COMPRESS_COUNT; kind++)
+        for (int gate = 0; gate < 3; gate++) {
+            char name[64];
+            snprintf(name, sizeof name, "%s, %s", kinds[kind], gates[gate]);
+            x.name = name;
+            x.config = c;
+            x.config.compress = kind;
+            x.config.gate = gate;
+            x.recompute = (kind + gate) % 3;
+            test_case(&x);
+        }
+    x.recompute = 0;
+#define CASE(text, change) do { x.name = text; d = c; x.B = 2; x.T = 75; x.dropout = 0; change; x.config = d; test_case(&x); } while (0)
+    CASE("full", d.attention = ATTENTION_FULL);
+    CASE("hybrid, recompute 2", { d.full_layer[1] = 1; x.recompute = 2; });
+    CASE("hybrid, recompute 1", { d.full_layer[0] = 1; x.recompute = 1; });
+    x.recompute = 0;
+    CASE("one key head", d.num_key_value_heads = 1);
+    CASE("every head its own keys", d.num_key_value_heads = 4);
+    CASE("heads 64, values 128", { d.head_dim = 64; d.v_head_dim = 128; });
+    CASE("heads 192, values 128", { d.head_dim = 192; d.v_head_dim = 128; });
+    CASE("odd sizes", { d.hidden_size = 37; d.head_dim = 10; d.v_head_dim = 7; d.intermediate_size = 53; d.vocab_size = 131; });
+    CASE("group of 3", { d.num_attention_heads = 6; });
+    CASE("group of 16", { d.num_attention_heads = 16; d.num_key_value_heads = 1; });
+    CASE("below a block", x.T = 7);
+    CASE("one token", x.T = 1);
+    CASE("one block", x.T = 8);
+    CASE("long, paper preset", { config_preset(&d, 0); x.T = 1500; x.B = 1; });
+    CASE("long, short preset", { config_preset(&d, 1); x.T = 700; x.B = 1; });
+    CASE("many blocks", { d.sel_blocks = 50; });
+    CASE("forced blocks only", d.sel_blocks = 3);
+    CASE("2 first, 3 local", { d.sel_init_blocks = 2; d.sel_local_blocks = 3; d.sel_blocks = 7; });
+    CASE("no first block", { d.sel_init_blocks = 0; d.sel_local_blocks = 1; });
+    CASE("l' = 3d", { d.sel_block = 12; d.cmp_block = 12; });
+    CASE("stride 1", { d.cmp_stride = 1; d.cmp_block = 4; d.sel_block = 4; });
+    CASE("window 1", d.window = 1);
+    CASE("window of all", d.window = 1000);
+    CASE("untied", d.tie_word_embeddings = 0);
+    CASE("dropout", x.dropout = 0.3);
+    CASE("moe", { d.num_experts = 5; d.num_experts_per_tok = 2; d.num_shared_experts = 1; });
+    CASE("moe, 1 of 4, not shared", { d.num_experts = 4; d.num_experts_per_tok = 1; });
+    CASE("moe, dense first layer", { d.num_experts = 6; d.num_experts_per_tok = 3; d.num_shared_experts = 2; d.first_dense_layers = 1; x.dropout = 0.2; });
+    CASE("moe, capacity 0.7", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 0.7; });
+    CASE("moe, capacity, recompute", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 1; x.recompute = 2; });
+    x.recompute = 0;
+#undef CASE
+    check(other_choices * 1000 <= choices, "the GPU chose %" PRId64 " of %" PRId64 " blocks otherwise", other_choices, choices);
+    printf("blocks that the GPU chose otherwise: %" PRId64 " of %" PRId64 "\n", other_choices, choices);
+}
+
+// ----------------------------------------------------------------------------
+// Ten training steps side by side, each side with its own choices: losses to 1e-4
+
+static void test_training(const char *name, Config config) {
+    const Case x = {name, config, 3, 64, 0, 0.1};
+    const double gate_init[BRANCHES] = {-2, -2, 2};
+    Pair p;
+    pair_make(&p, &x);
+    model_init(&p.cpu, 5, gate_init);
+    memcpy(p.gpu.weights, p.cpu.weights, (size_t)p.cpu.num_elements * sizeof(real));
+    device_store(&p.gpu);
+    for (int step = 0; step < 10; step++) {
+        StepInfo info = {x.dropout, 11, step, 0, 1};
+        model_zero_grads(&p.cpu);
+        device_zero_grads(&p.gpu);
+        const double cpu = model_forward_backward(&p.cpu, p.tokens, p.targets, x.B, x.T, &info);
+        const double gpu_loss = device_forward_backward(&p.gpu, p.tokens, p.targets, x.B, x.T, &info);
+        check(fabs(cpu - gpu_loss) < 1e-4, "%s: step %d: loss %.7f, CPU %.7f", name, step, gpu_loss, cpu);
+        const double cpu_norm = model_grad_norm(&p.cpu), norm = device_grad_norm(&p.gpu);
+        check(fabs(cpu_norm - norm) < 1e-3 * cpu_norm, "%s: step %d: gradient norm %.7g, CPU %.7g", name, step, norm, cpu_norm);
+        model_adamw(&p.cpu, 3e-3, 0.9, 0.95, 1e-8, 0.1, step + 1, fmin(1, 1 / cpu_norm));
+        device_adamw(&p.gpu, 3e-3, 0.9, 0.95, 1e-8, 0.1, step + 1, fmin(1, 1 / norm));
+        if (step == 9) printf("%-26s step 10: loss %.6f, CPU %.6f\n", name, gpu_loss, cpu);
+    }
+    device_fetch(&p.gpu);
+    const double e = error_of(p.gpu.weights, p.cpu.weights, p.cpu.num_elements, 0);
+    check(e < 1e-3, "%s: weights after ten steps: error %.2e", name, e);
+    pair_free(&p);
+}
+
+int main(void) {
+    Config c = tiny();
+    device_open();
+    test_cases();
+    test_training("ten steps, nsa", c);
+    c.attention = ATTENTION_FULL;
+    test_training("ten steps, full", c);
+    c = tiny();
+    c.num_experts = 4;
+    c.num_experts_per_tok = 2;
+    c.gate = GATE_Q_COND;
+    test_training("ten steps, moe", c);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
