@@ -1743,6 +1743,13 @@ Options options_default(void) {
     return o;
 }
 
+// What --help says of -b where it is not its value: see choose_micro_batch.
+#ifdef NSA_GPU
+#define MICRO_BATCH "what fits the GPU and divides -d; without -d at most 2"
+#else
+#define MICRO_BATCH NULL
+#endif
+
 #define AT(field) offsetof(Options, field)
 #define GROUP(title) {0, NULL, OPT_GROUP, 0, 0, NULL, 0, 0, NULL, title}
 static const Option train_options[] = {
@@ -1789,7 +1796,7 @@ static const Option train_options[] = {
      "this text"},
 
     GROUP("Optimisation"),
-    {'b', "batch", OPT_INT, OF_RUN, AT(batch), "B", 1, 1 << 20, NULL,
+    {'b', "batch", OPT_INT, OF_RUN, AT(batch), "B", 1, 1 << 20, MICRO_BATCH,
      "sequences of one micro-batch"},
     {'d', "total-batch", OPT_COUNT, OF_RUN, AT(total_batch), "TOKENS", 1, 1e12, "B*T",
      "tokens of one step, a multiple of B*T: the gradients of several micro-batches are summed"},
@@ -5339,6 +5346,18 @@ void model_adamw(Model *m, double lr, double beta1, double beta2, double eps, do
     }
 }
 
+// Which layer's output first holds a NaN or an infinity after a forward pass that kept the outputs: -1 is the embedding, the
+// number of layers the head.
+int model_bad_layer(const Model *m, int64_t n) {
+    const int64_t size = n * m->config.hidden_size;
+    for (int l = -1; l < m->config.num_hidden_layers; l++) {
+        const real *x = l < 0 ? m->acts[0].x : m->acts[l].out;
+        for (int64_t i = 0; i < size; i++)
+            if (!isfinite((double)x[i])) return l;
+    }
+    return m->config.num_hidden_layers;
+}
+
 // ----------------------------------------------------------------------------
 // The device that trains. Section 7 calls it by these names: here they are the functions above; train_nsa.cu, which defines
 // NSA_GPU, brings twins that do the same on a GPU.
@@ -5354,6 +5373,7 @@ double device_evaluate(Model *m, const int *tokens, const int *targets, int64_t 
 void device_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logits, int last_only);
 void device_zero_grads(Model *m);
 double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info);
+int device_bad_layer(const Model *m, int64_t n);
 double device_grad_norm(const Model *m);
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip);
 #else
@@ -5364,6 +5384,7 @@ void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, d
 #define device_logits model_logits
 #define device_zero_grads model_zero_grads
 #define device_forward_backward model_forward_backward
+#define device_bad_layer model_bad_layer
 #define device_grad_norm model_grad_norm
 #define device_adamw model_adamw
 static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
@@ -5411,7 +5432,7 @@ typedef struct {
 } Run;
 
 // What one step has to say.
-typedef struct { double loss, val_loss, moe_z, moe_balance, lr, grad_norm, seconds; int evaluated, skipped; } StepReport;
+typedef struct { double loss, val_loss, moe_z, moe_balance, lr, grad_norm, seconds; int evaluated, skipped; char where[32]; } StepReport;
 
 // ----------------------------------------------------------------------------
 // The learning rate of a step (counted from 0): a linear warm-up to the peak, then the schedule, which
@@ -5992,6 +6013,12 @@ StepReport train_step(Run *run, Model *model) {
             memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof(int));
         }
         r.loss += device_forward_backward(model, run->tokens, run->targets, B, T, &info) * info.grad_scale;
+        if (!isfinite(model->loss) && !*r.where) {
+            const int layer = device_bad_layer(model, (int64_t)B * T), layers = run->config.num_hidden_layers;
+            if (layer >= layers) snprintf(r.where, sizeof r.where, ", first in the output head");
+            else if (layer < 0) snprintf(r.where, sizeof r.where, ", first in the embedding");
+            else snprintf(r.where, sizeof r.where, ", first in layer %d", layer);
+        }
         r.moe_z += model->moe_z * info.grad_scale;
         r.moe_balance += model->moe_balance * info.grad_scale;
     }
@@ -6003,9 +6030,8 @@ StepReport train_step(Run *run, Model *model) {
     // One infinity or NaN in the gradients would make every weight NaN.
     r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
     if (r.skipped && !o->skip_bad_steps)
-        die(1, "step %" PRId64 ": the %s is not finite (%g): try a lower --lr, or --skip-bad-steps to pass over such steps",
-            p->step,
-            isfinite(r.loss) ? "gradient" : "loss", isfinite(r.loss) ? r.grad_norm : r.loss);
+        die(1, "step %" PRId64 ": the %s is not finite (%g%s): try a lower --lr, or --skip-bad-steps to pass over such steps",
+            p->step, isfinite(r.loss) ? "gradient" : "loss", isfinite(r.loss) ? r.grad_norm : r.loss, r.where);
     double clip = o->grad_clip > 0 && r.grad_norm > o->grad_clip ? o->grad_clip / r.grad_norm : 1;
     if (!r.skipped) device_adamw(model, r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, p->step, clip);
     r.seconds = now_seconds() - start;
@@ -6124,10 +6150,28 @@ void find_config(Run *run) {
     free(path);
 }
 
+// Without -b the GPU takes as many sequences at once as its memory holds and -d divides into; the CPU, whose speed does not
+// depend on it, keeps its default.
+void choose_micro_batch(Options *o, const Config *c) {
+#ifdef NSA_GPU
+    if (option_given(o, &o->batch) || o->resume) return;
+    const int64_t sequences = (o->total_batch ? o->total_batch : (int64_t)o->batch * o->seq_len) / o->seq_len, free_bytes = device_memory() / 20 * 19;
+    for (int64_t B = min64(sequences, INT_MAX / o->seq_len); B > 0; B--) {
+        if (sequences % B || device_bytes(c, B, o->seq_len, o->recompute, !o->evaluate_only, NULL) > free_bytes) continue;
+        o->batch = (int)B;
+        return;
+    }
+    o->batch = 1;       // run_model says what does not fit
+#else
+    (void)o, (void)c;
+#endif
+}
+
 // Batch, steps and rates that were left open.
 void complete_options(Run *run) {
     Options *o = &run->options;
     if (!o->seq_len) o->seq_len = run->config.max_position_embeddings;
+    choose_micro_batch(o, &run->config);
     int64_t micro = (int64_t)o->batch * o->seq_len;
     if (micro > INT_MAX)
         die(2, "-b %d times -t %d is more than %d tokens in a micro-batch: use a smaller -b", o->batch, o->seq_len,

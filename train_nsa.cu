@@ -289,6 +289,17 @@ static void gpu_rope(float *x, int64_t x_row, const float *table, int64_t n, int
 
 enum { ATTENTION_WARPS = 4 };
 
+// Lanes that each walk down a row of their own would fetch 32 lines of memory for 32 numbers: rows come through a tile in shared
+// memory, (32, width) with an odd row size, so that neither its filling nor its reading meets a bank twice.
+DEVICE static inline int tile_row(int width) { return width | 1; }
+DEVICE static inline int tile_size(int width) { return WARP * tile_row(width); }
+
+// Rows i < count of the tile from x + i·x_row.
+__device__ static inline void fill_tile(float *tile, const float *x, int64_t x_row, int count, int width) {
+    for (int i = 0; i < count; i++)
+        for (int c = lane(); c < width; c += WARP) tile[i * tile_row(width) + c] = x[i * x_row + c];
+}
+
 // The i-th stretch [lo, hi) of keys that query t sees: one, or one for each selected block. Returns 0 behind the last.
 __device__ static inline int key_stretch(const Mask *mask, const int *idx, int i, int64_t t, int64_t *lo, int64_t *hi) {
     if (mask->kind != MASK_SELECTED) {
@@ -315,12 +326,17 @@ __device__ static inline QueryRow query_row(int64_t row, const AttentionShape *s
     return r;
 }
 
+// Numbers of shared memory that a warp of each kernel takes.
+DEVICE static inline int forward_numbers(const AttentionShape *s) { return s->D + s->Dv + WARP + tile_size(s->D); }
+DEVICE static inline int dq_numbers(const AttentionShape *s) { return 2 * s->D + s->Dv + WARP + tile_size(s->D) + tile_size(s->Dv); }
+DEVICE static inline int dkv_numbers(const AttentionShape *s) { return 2 * s->D + 2 * s->Dv + 2 * WARP + tile_size(s->D) + tile_size(s->Dv); }
+
 __global__ void attention_forward_kernel(float *out, float *lse, const float *q, const float *k, const float *v, Mask mask, AttentionShape s) {
     extern __shared__ float shared[];
     const int64_t row = global_warp();
     if (row >= s.B * s.T * s.H) return;
     const QueryRow r = query_row(row, &s);
-    float *qs = shared + (threadIdx.x / WARP) * (s.D + s.Dv + WARP), *o = qs + s.D, *p = o + s.Dv;
+    float *qs = shared + (threadIdx.x / WARP) * forward_numbers(&s), *o = qs + s.D, *p = o + s.Dv, *keys = p + WARP;
     const float scale = 1 / (float)sqrt((double)s.D);
     for (int c = lane(); c < s.D; c += WARP) qs[c] = q[r.bt * s.q_row + r.h * s.D + c] * scale;
     for (int c = lane(); c < s.Dv; c += WARP) o[c] = 0;
@@ -331,9 +347,11 @@ __global__ void attention_forward_kernel(float *out, float *lse, const float *q,
     for (int i = 0; key_stretch(&mask, idx, i, r.t, &lo, &hi); i++)
         for (int64_t k0 = lo; k0 < hi; k0 += WARP) {
             const int count = (int)min64(WARP, hi - k0);
+            fill_tile(keys, k + (r.b * s.Tk + k0) * s.k_row + r.kv * s.D, s.k_row, count, s.D);
+            __syncwarp();
             float x = -INFINITY;
             if (lane() < count) {
-                const float *key = k + (r.b * s.Tk + k0 + lane()) * s.k_row + r.kv * s.D;
+                const float *key = keys + lane() * tile_row(s.D);
                 x = 0;
                 for (int c = 0; c < s.D; c++) x += qs[c] * key[c];
             }
@@ -362,7 +380,8 @@ __global__ void attention_dq_kernel(float *dq, float *delta, const float *dout, 
     const int64_t row = global_warp();
     if (row >= s.B * s.T * s.H) return;
     const QueryRow r = query_row(row, &s);
-    float *qs = shared + (threadIdx.x / WARP) * (2 * s.D + s.Dv + WARP), *dqs = qs + s.D, *dos = dqs + s.D, *ds = dos + s.Dv;
+    float *qs = shared + (threadIdx.x / WARP) * dq_numbers(&s), *dqs = qs + s.D, *dos = dqs + s.D, *ds = dos + s.Dv;
+    float *keys = ds + WARP, *values = keys + tile_size(s.D);
     const float scale = 1 / (float)sqrt((double)s.D), g = gate ? gate[r.th * BRANCHES] : 1, l = lse[r.th];
     for (int c = lane(); c < s.D; c += WARP) qs[c] = q[r.bt * s.q_row + r.h * s.D + c] * scale, dqs[c] = 0;
     for (int c = lane(); c < s.Dv; c += WARP) dos[c] = dout[r.th * s.Dv + c] * g;
@@ -376,19 +395,21 @@ __global__ void attention_dq_kernel(float *dq, float *delta, const float *dout, 
     for (int i = 0; key_stretch(&mask, idx, i, r.t, &lo, &hi); i++)
         for (int64_t k0 = lo; k0 < hi; k0 += WARP) {
             const int count = (int)min64(WARP, hi - k0);
+            const int64_t at = r.b * s.Tk + k0;
+            fill_tile(keys, k + at * s.k_row + r.kv * s.D, s.k_row, count, s.D);
+            fill_tile(values, v + at * s.v_row + r.kv * s.Dv, s.v_row, count, s.Dv);
+            __syncwarp();
             float x = 0, dp = 0;
             if (lane() < count) {
-                const int64_t at = r.b * s.Tk + k0 + lane();
-                const float *key = k + at * s.k_row + r.kv * s.D, *value = v + at * s.v_row + r.kv * s.Dv;
+                const float *key = keys + lane() * tile_row(s.D), *value = values + lane() * tile_row(s.Dv);
                 for (int c = 0; c < s.D; c++) x += qs[c] * key[c];
                 for (int c = 0; c < s.Dv; c++) dp += dos[c] * value[c];
             }
             ds[lane()] = lane() < count ? expf(x - l) * (dp - d) * scale : 0;
             __syncwarp();
-            const float *keys = k + (r.b * s.Tk + k0) * s.k_row + r.kv * s.D;
             for (int c = lane(); c < s.D; c += WARP) {
                 float a = dqs[c];
-                for (int j = 0; j < count; j++) a += ds[j] * keys[j * s.k_row + c];
+                for (int j = 0; j < count; j++) a += ds[j] * keys[j * tile_row(s.D) + c];
                 dqs[c] = a;
             }
             __syncwarp();
@@ -463,9 +484,8 @@ __global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, co
     const int64_t item = global_warp(), G = s.H / s.KV;
     if (item >= s.B * s.KV * s.Tk) return;
     const int64_t key = item % s.Tk, kv = item / s.Tk % s.KV, b = item / s.Tk / s.KV;
-    float *ks = shared + (threadIdx.x / WARP) * (2 * s.D + 2 * s.Dv + 3 * WARP), *vs = ks + s.D, *dks = vs + s.Dv, *dvs = dks + s.D;
-    float *p = dvs + s.Dv, *ds = p + WARP;
-    int *place = (int *)(ds + WARP);
+    float *ks = shared + (threadIdx.x / WARP) * dkv_numbers(&s), *vs = ks + s.D, *dks = vs + s.Dv, *dvs = dks + s.D;
+    float *p = dvs + s.Dv, *ds = p + WARP, *queries = ds + WARP, *douts = queries + tile_size(s.D);
     const int64_t at = b * s.Tk + key;
     for (int c = lane(); c < s.D; c += WARP) ks[c] = k[at * s.k_row + kv * s.D + c], dks[c] = 0;
     for (int c = lane(); c < s.Dv; c += WARP) vs[c] = v[at * s.v_row + kv * s.Dv + c], dvs[c] = 0;
@@ -482,35 +502,38 @@ __global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, co
         to = start[1];
     }
     for (int64_t x0 = 0; x0 < (to - from) * G; x0 += WARP) {
+        const int count = (int)min64(WARP, (to - from) * G - x0);
+        for (int i = 0; i < count; i++) {       // row x is query x / G of the range or list, head x % G of the group
+            const int64_t x = x0 + i, bt = b * s.T + (list ? list[from + x / G] : from + x / G), h = kv * G + x % G;
+            for (int c = lane(); c < s.D; c += WARP) queries[i * tile_row(s.D) + c] = q[bt * s.q_row + h * s.D + c];
+            for (int c = lane(); c < s.Dv; c += WARP) douts[i * tile_row(s.Dv) + c] = dout[(bt * s.H + h) * s.Dv + c];
+        }
+        __syncwarp();
         const int64_t x = x0 + lane();
         float weight = 0, slope = 0;
-        place[lane()] = 0;
-        if (x < (to - from) * G) {
-            const int64_t t = list ? list[from + x / G] : from + x / G, h = kv * G + x % G, bt = b * s.T + t, th = bt * s.H + h;
+        if (lane() < count) {
+            const int64_t t = list ? list[from + x / G] : from + x / G, th = (b * s.T + t) * s.H + kv * G + x % G;
             if (t >= key || mask.kind == MASK_COMPRESSED) {
-                const float *query = q + bt * s.q_row + h * s.D, *d = dout + th * s.Dv;
+                const float *query = queries + lane() * tile_row(s.D), *d = douts + lane() * tile_row(s.Dv), g = gate ? gate[th * BRANCHES] : 1;
                 float score = 0, dp = 0;
                 for (int c = 0; c < s.D; c++) score += ks[c] * query[c];
-                const float g = gate ? gate[th * BRANCHES] : 1;
                 for (int c = 0; c < s.Dv; c++) dp += vs[c] * (d[c] * g);
                 const float probability = expf(score * scale - lse[th]);
                 weight = probability * g;
                 slope = probability * (dp - delta[th]) * scale;
-                place[lane()] = (int)(t * G + x % G);
             }
         }
         p[lane()] = weight;
         ds[lane()] = slope;
         __syncwarp();
-        const int count = (int)min64(WARP, (to - from) * G - x0);
         for (int c = lane(); c < s.D; c += WARP) {
             float a = dks[c];
-            for (int j = 0; j < count; j++) a += ds[j] * q[(b * s.T + place[j] / G) * s.q_row + (kv * G + place[j] % G) * s.D + c];
+            for (int j = 0; j < count; j++) a += ds[j] * queries[j * tile_row(s.D) + c];
             dks[c] = a;
         }
         for (int c = lane(); c < s.Dv; c += WARP) {
             float a = dvs[c];
-            for (int j = 0; j < count; j++) a += p[j] * dout[((b * s.T + place[j] / G) * s.H + kv * G + place[j] % G) * s.Dv + c];
+            for (int j = 0; j < count; j++) a += p[j] * douts[j * tile_row(s.Dv) + c];
             dvs[c] = a;
         }
         __syncwarp();
@@ -531,7 +554,7 @@ static int warps_that_fit(Kernel kernel, int64_t numbers, const char *what) {
 }
 
 static void gpu_attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, const Mask *mask, const AttentionShape *s) {
-    const int64_t numbers = s->D + s->Dv + WARP;
+    const int64_t numbers = forward_numbers(s);
     const int warps = warps_that_fit(attention_forward_kernel, numbers, "attention");
     attention_forward_kernel<<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(out, lse, q, k, v, *mask, *s);
     LAUNCHED();
@@ -540,13 +563,13 @@ static void gpu_attention_forward(float *out, float *lse, const float *q, const 
 static void gpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *gate, const float *out, const float *lse,
                                    const float *q, const float *k, const float *v, const Mask *mask, const AttentionShape *s, float *delta,
                                    const Takers *takers) {
-    int64_t numbers = 2 * s->D + s->Dv + WARP;
+    int64_t numbers = dq_numbers(s);
     int warps = warps_that_fit(attention_dq_kernel, numbers, "attention");
     attention_dq_kernel<<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(dq, delta, dout, gate, out, lse, q, k, v, *mask, *s);
     LAUNCHED();
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) find_takers(takers, mask->block_idx, mask->n, s);
-    numbers = 2 * s->D + 2 * s->Dv + 3 * WARP;
+    numbers = dkv_numbers(s);
     warps = warps_that_fit(attention_dkv_kernel, numbers, "attention");
     attention_dkv_kernel<<<grid(s->B * s->KV * s->Tk, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(
         dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, *takers);
@@ -695,7 +718,7 @@ static void gpu_compress_backward(float *dx, const CompressWeights *dw, float *d
 // ----------------------------------------------------------------------------
 // Selection. Rows (b,t,kv) are done a chunk at a time, so that their attention weights (chunk, Nc) never become (B,T,KV,Nc).
 
-enum { SELECT_NUMBERS = 1 << 24 };      // of a chunk
+enum { SELECT_NUMBERS = 1 << 24, SELECT_HEADS = 4 };      // of a chunk; heads that a thread meets a key with at once
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = s->Tk + s->T / sel->sel_block + 1;
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / row));
@@ -715,10 +738,11 @@ __global__ void select_weights_kernel(float *weights, const float *q, const floa
     for (int64_t i = threadIdx.x; i < compressed_seen(t, sel.cmp_block, sel.cmp_stride); i += blockDim.x) {
         const float *key = k + (b * s.Tk + i) * s.k_row + kv * s.D;
         float sum = 0;
-        for (int64_t g = 0; g < G; g++) {
-            float x = 0;
-            for (int c = 0; c < s.D; c++) x += shared[g * s.D + c] * key[c];
-            sum += expf(x - lse[bt * s.H + kv * G + g]);
+        for (int64_t g0 = 0; g0 < G; g0 += SELECT_HEADS) {
+            float x[SELECT_HEADS] = {0};
+            for (int c = 0; c < s.D; c++)
+                for (int g = 0; g < SELECT_HEADS; g++) x[g] += g0 + g < G ? shared[(g0 + g) * s.D + c] * key[c] : 0;
+            for (int g = 0; g < SELECT_HEADS && g0 + g < G; g++) sum += expf(x[g] - lse[bt * s.H + kv * G + g0 + g]);
         }
         weights[blockIdx.x * s.Tk + i] = sum;
     }
@@ -776,7 +800,7 @@ static void gpu_select_forward(int *block_idx, const float *q, const float *k, c
     CUDA(cudaFuncSetAttribute((const void *)select_weights_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        select_weights_kernel<<<(unsigned)n, 128, (size_t)bytes>>>(weights, q, k, lse, row, *s, *sel);
+        select_weights_kernel<<<(unsigned)n, (unsigned)min64(128, round_up(max64(s->Tk, 1), WARP)), (size_t)bytes>>>(weights, q, k, lse, row, *s, *sel);
         select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
@@ -1517,6 +1541,21 @@ double device_forward_backward(Model *m, const int *tokens, const int *targets, 
     dropout_add(scratch.dx, NULL, scratch.dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));
     gpu_embed_backward(g, tokens, N);
     return m->loss;
+}
+
+int device_bad_layer(const Model *m, int64_t n) {
+    Model look = *m;        // the outputs, fetched for once
+    const int64_t size = n * m->config.hidden_size, L = m->config.num_hidden_layers;
+    float *outputs = (float *)xmalloc((size_t)((L + 1) * size) * sizeof(float));
+    look.acts = (LayerActs *)xcalloc((size_t)L, sizeof(LayerActs));
+    for (int64_t l = 0; l <= L; l++) {
+        to_host(outputs + l * size, l < L ? m->twin->acts[l].x : m->twin->acts[l - 1].out, size * (int64_t)sizeof(float));
+        if (l < L) look.acts[l].x = outputs + l * size, look.acts[l].out = outputs + (l + 1) * size;
+    }
+    const int layer = model_bad_layer(&look, n);
+    free(outputs);
+    free(look.acts);
+    return layer;
 }
 
 // ----------------------------------------------------------------------------

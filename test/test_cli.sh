@@ -230,6 +230,7 @@ size=$(wc -c < broken/model.safetensors)
 printf '\0\0\300\177' | dd of=broken/model.safetensors bs=1 seek=$((size - 4)) conv=notrunc 2> dd.txt
 bad 1 'the validation loss is not finite' $tiny -x 0 -e broken
 bad 1 'step 1: the loss is not finite' $tiny -x 3 -e broken -o not_finite
+bad 1 'first in the output head' $tiny -x 3 -e broken -o not_finite_again
 check 'no checkpoint of it' test ! -e not_finite/latest
 good $tiny -x 3 -e broken --skip-bad-steps -o skipping
 check 'every bad step is skipped and logged' test "$(grep -c '"loss":null' skipping/log.jsonl)" -eq 3
