@@ -498,7 +498,7 @@ static const Option sample_options[] = {
     {0, "tokenizer", OPT_TEXT, OF_CALL, AT(tokenizer), "FILE", 0, 0, "FOLDER/tokenizer.json, else bytes", "byte-level BPE, a tokenizer.json"},
 
     GROUP("Prompt"),
-    {'p', "prompt", OPT_TEXT, OF_CALL, AT(prompt), "TEXT", 0, 0, "start of a text", "the text to continue"},
+    {'p', "prompt", OPT_PROMPT, OF_CALL, AT(prompt), "TEXT", 0, 0, "start of a text", "the text to continue"},
     {'f', "file", OPT_TEXT, OF_CALL, AT(file), "FILE", 0, 0, "", "the text to continue, as it stands in a file; - is the standard input"},
     {'i', "interactive", OPT_FLAG, OF_CALL, AT(interactive), NULL, 0, 0, "", "read lines and continue the text after each: Enter alone goes on, Ctrl-C stops an answer, Ctrl-D ends"},
     {0, "no-echo", OPT_FLAG, OF_CALL, AT(no_echo), NULL, 0, 0, "", "print the continuation without the prompt before it"},
@@ -540,6 +540,8 @@ void sample_help(void) {
 
 void sample_check_options(const SampleOptions *o) {
     if (!o->model) die(2, "-e (--model) is needed: the folder of a checkpoint, such as -e out/run_001/latest (train one with ./train_nsa)");
+    if (o->dump_logits && o->dump_attention && !strcmp(o->dump_logits, o->dump_attention))
+        die(2, "--dump-logits and --dump-attention would both write %s: name two files", o->dump_logits);
     if (o->prompt && o->file) die(2, "-p (--prompt) and -f (--file) are both the prompt: give one of them");
     if (!o->interactive) return;
     if (o->batch > 1) die(2, "-b (--batch) %d cannot be interactive: leave out -i", o->batch);
@@ -590,25 +592,28 @@ int parse_numbers(const char *text, int64_t len, int32_t **ids, int64_t *n, char
     return 0;
 }
 
-// The tokens of a text, behind the token that is still to be read, if there is one; free(result) ends them.
+// The tokens of a text, behind the token that is still to be read, if there is one; free(result) ends them. NULL: err says why not.
 // No token at all starts a text: with the end of the one before, or, in bytes, with a new line.
-int *tokens_of(const Sampler *s, const char *text, int64_t len, int64_t *n) {
+int *tokens_of(const Sampler *s, const char *text, int64_t len, int64_t *n, char *err) {
     const Config *c = &s->config;
     const int pending = s->next[0] >= 0;
-    char err[ERR_LEN];
     int32_t *ids = NULL;
-    const int result = s->numbers ? parse_numbers(text, len, &ids, n, err) : tokenizer_encode(&s->tokenizer, text, len, &ids, n, err);
-    if (result < 0) die(2, "%s", err);
-    int *tokens = (int *)xmalloc((size_t)(*n + 2) * sizeof(int));
+    int result = s->numbers ? parse_numbers(text, len, &ids, n, err) : tokenizer_encode(&s->tokenizer, text, len, &ids, n, err);
+    int *tokens = (int *)xmalloc((size_t)(result < 0 ? 2 : *n + 2) * sizeof(int));
     if (pending) tokens[0] = s->next[0];
-    for (int64_t i = 0; i < *n; i++) {
-        if (ids[i] >= c->vocab_size) die(2, "the prompt has token %d at place %" PRId64 ", and the model only knows %d tokens", ids[i], i, c->vocab_size);
-        tokens[pending + i] = ids[i];
+    for (int64_t i = 0; !result && i < *n; i++) {
+        if (ids[i] >= c->vocab_size) result = fail(err, "the prompt has token %d at place %" PRId64 ", and the model only knows %d tokens", ids[i], i, c->vocab_size);
+        else tokens[pending + i] = ids[i];
     }
     *n += pending;
     free(ids);
-    if (*n || s->decoder.length) return tokens;
-    if (c->eos_token_id < 0 && (s->numbers || '\n' >= c->vocab_size)) die(2, "this model has no token that starts a text: give a prompt with -p or -f");
+    if (!result && (*n || s->decoder.length)) return tokens;
+    if (!result && c->eos_token_id < 0 && (s->numbers || '\n' >= c->vocab_size))
+        result = fail(err, "this model has no token that starts a text: give a prompt with -p or -f");
+    if (result) {
+        free(tokens);
+        return NULL;
+    }
     tokens[(*n)++] = c->eos_token_id >= 0 ? c->eos_token_id : '\n';
     return tokens;
 }
@@ -699,6 +704,17 @@ char *read_prompt(const char *path, int64_t *len) {
     return text.data;
 }
 
+// A model of bytes with a larger --vocab says so in the metadata of its weights.
+int folder_says_bytes(const char *folder) {
+    SafeTensors st;
+    char err[ERR_LEN];
+    if (open_tensors(&st, folder, "model.safetensors", err) < 0) return 0;      // whoever reads the weights will say why
+    const char *tokenizer = safetensors_meta(&st, "tokenizer");
+    const int bytes = tokenizer && !strcmp(tokenizer, "bytes");
+    safetensors_close(&st);
+    return bytes;
+}
+
 // The folder's shape, tokenizer and weights.
 void sampler_load(Sampler *s) {
     const SampleOptions *o = &s->options;
@@ -715,7 +731,7 @@ void sampler_load(Sampler *s) {
     else if (tokenizer_open(&s->tokenizer, tokenizer, err) < 0) die(1, "%s", err);
     if (tokenizer && s->tokenizer.vocab_size > s->config.vocab_size)
         die(1, "%s has %d tokens, the model knows %d: it is not the model's tokenizer", tokenizer, s->tokenizer.vocab_size, s->config.vocab_size);
-    s->numbers = !tokenizer && s->config.vocab_size > 256;
+    s->numbers = !tokenizer && s->config.vocab_size > 256 && !folder_says_bytes(folder);
 
     const int64_t bytes = count_params(&s->config) * (int64_t)sizeof(real), machine = total_memory_bytes();
     if (machine && bytes > machine) die(2, "the model in %s needs %s of memory and the machine has %s", folder, human_bytes((double)bytes), human_bytes((double)machine));
@@ -760,7 +776,9 @@ void sampler_free(Sampler *s) {
 void sample_prompt(Sampler *s, const char *prompt, int64_t len) {
     const SampleOptions *o = &s->options;
     int64_t n;
-    int *tokens = tokens_of(s, prompt, len, &n);
+    char err[ERR_LEN];
+    int *tokens = tokens_of(s, prompt, len, &n, err);
+    if (!tokens) die(2, "%s", err);
     const real *logits = feed(s, tokens, n);
     free(tokens);
     if (!o->tokens) return;
@@ -794,7 +812,13 @@ void sample_interactively(Sampler *s) {
         const int64_t typed = len - (line[len - 1] == '\n');
         if (typed > 0 && s->decoder.length) text_put(&text, "\n", 1);
         text_put(&text, line, typed);
-        int *tokens = tokens_of(s, text.data, text.len, &n);
+        char err[ERR_LEN];
+        int *tokens = tokens_of(s, text.data, text.len, &n, err);
+        if (!tokens) {      // another line may do better
+            warn("%s", err);
+            free(text.data);
+            continue;
+        }
         stop_signal = 0;
         write_tokens(s, feed(s, tokens, n), s->options.tokens);
         text_put(&s->text[0], "\n", 1);
@@ -834,14 +858,15 @@ void print_stats(const Sampler *s) {
 int main(int argc, char **argv) {
     Sampler s;
     SampleOptions *o = &s.options;
-    patient_threads(argv);
+    start_process(argv);
     memset(&s, 0, sizeof s);
     program_name = "sample";
     *o = sample_default();
     options_parse(sample_options, SAMPLE_OPTIONS, o, o->given, argc, argv);
     if (o->help) {
         sample_help();
-        return fflush(stdout) == 0 ? 0 : 1;
+        if (fflush(stdout) != 0) die(1, "cannot write to the standard output: %s", strerror(errno));
+        return 0;
     }
     sample_check_options(o);
 #ifdef _OPENMP

@@ -309,6 +309,24 @@ void patient_threads(char **argv) {
 #endif
 }
 
+// A data file that somebody cuts short while it is mapped raises this signal at the next look at it.
+void on_lost_file(int signal_number) {
+    static const char line[] = ": a file became shorter while it was read: leave the data alone while a run reads it\n";
+    (void)signal_number;
+    if (write(2, program_name, strlen(program_name)) >= 0 && write(2, line, sizeof line - 1) >= 0) _exit(1);
+    _exit(1);
+}
+
+// What every program does first.
+void start_process(char **argv) {
+    // A closed standard stream would hand its number to the first file that is opened, a log for example.
+    for (int fd = open("/dev/null", O_RDWR); fd >= 0 && fd <= 2; fd = open("/dev/null", O_RDWR))
+        if (fd == 2) break;
+    patient_threads(argv);
+    signal(SIGXFSZ, SIG_IGN);       // a file over the limit is then an error like a full disk
+    signal(SIGBUS, on_lost_file);
+}
+
 // Physical memory, 0 where the system does not say.
 int64_t total_memory_bytes(void) {
     int64_t pages = (int64_t)sysconf(_SC_PHYS_PAGES), size = (int64_t)sysconf(_SC_PAGESIZE);
@@ -925,7 +943,7 @@ int safetensors_read_real(const SafeTensors *st, const char *name, int ndim, con
 
 typedef struct {
     FILE *file;
-    char *path;
+    char *path, *part;  // written as PATH.part, which takes the name when it is whole; NULL where path is a device
     Text meta, tensors;
     int64_t declared, written;
     int misaligned;
@@ -933,6 +951,8 @@ typedef struct {
 
 void st_writer_close(StWriter *w) {
     if (w->file) fclose(w->file);
+    if (w->part) unlink(w->part);
+    free(w->part);
     free(w->path);
     free(w->meta.data);
     free(w->tensors.data);
@@ -948,7 +968,9 @@ int st_writer_fail(StWriter *w, const char *why, char *err) {
 int st_writer_begin(StWriter *w, const char *path, char *err) {
     memset(w, 0, sizeof *w);
     w->path = xstrdup(path);
-    w->file = fopen(path, "wb");
+    struct stat st;
+    if (stat(path, &st) != 0 || S_ISREG(st.st_mode)) w->part = format("%s.part", path);
+    w->file = fopen(w->part ? w->part : path, "wb");
     return w->file ? 0 : st_writer_fail(w, strerror(errno), err);
 }
 
@@ -1018,6 +1040,9 @@ int st_writer_end(StWriter *w, char *err) {
     int bad = fclose(w->file) != 0, saved = errno;
     w->file = NULL;
     if (bad) return st_writer_fail(w, strerror(saved), err);
+    if (w->part && rename(w->part, w->path) != 0) return st_writer_fail(w, strerror(errno), err);
+    free(w->part);
+    w->part = NULL;
     st_writer_close(w);
     return 0;
 }
@@ -1435,6 +1460,7 @@ enum {
     OPT_COUNT,   // int64_t; both take k, m, g for 1024, 1024^2, 1024^3
     OPT_FLOAT,   // double
     OPT_TEXT,    // const char *
+    OPT_PROMPT,  // the same, and may be empty
     OPT_CHOICE,  // int, number of the name in "first|second"
     OPT_TRIPLE,  // double[3], "a,b,c"
     OPT_LAYERS,  // unsigned char[MAX_LAYERS], "0,5"
@@ -1495,7 +1521,7 @@ int option_set(const Option *o, void *values, const char *text, char *err) {
     const char *label = option_label(o), *rest = text;
     int64_t count = 0;
     double number = 0;
-    if (!*text && o->type != OPT_LAYERS)
+    if (!*text && o->type != OPT_LAYERS && o->type != OPT_PROMPT)
         return fail(err, "%s needs a value: %s", label, o->argument ? o->argument : "0 or 1");
     switch (o->type) {
     case OPT_FLAG:
@@ -1513,6 +1539,7 @@ int option_set(const Option *o, void *values, const char *text, char *err) {
         if (parse_double(text, 0, &number, &rest) < 0) return fail(err, "%s needs a number, not \"%s\"", label, text);
         break;
     case OPT_TEXT:
+    case OPT_PROMPT:
         *(const char **)at = text;
         return 0;
     case OPT_CHOICE:
@@ -1522,8 +1549,8 @@ int option_set(const Option *o, void *values, const char *text, char *err) {
         return 0;
     case OPT_TRIPLE:
         for (int i = 0; i < 3; i++)
-            if (parse_double(rest, i < 2 ? ',' : 0, (double *)at + i, &rest) < 0)
-                return fail(err, "%s needs three numbers such as -2,-2,2, not \"%s\"", label, text);
+            if (parse_double(rest, i < 2 ? ',' : 0, (double *)at + i, &rest) < 0 || fabs(((double *)at)[i]) > 1000)
+                return fail(err, "%s needs three numbers (from -1000 to 1000) such as -2,-2,2, not \"%s\"", label, text);
         return 0;
     case OPT_LAYERS:
         memset(at, 0, MAX_LAYERS);
@@ -2888,7 +2915,7 @@ void utf8_stream_flush(Utf8Stream *u, Text *out) {
 // larger than memory. Training and validation share the buffer of a file that is split.
 
 typedef struct { FileMap file; int users; } DataBuffer;
-typedef struct { const unsigned char *tokens; int64_t count; int width; DataBuffer *buffer; } TokenStream;  // width: bytes a token
+typedef struct { const unsigned char *tokens; int64_t count; int width; int64_t vocab; DataBuffer *buffer; } TokenStream;  // width: bytes a token; every token is below vocab
 typedef struct { char *name; TokenStream *streams; int num_streams; int64_t tokens; } DataSet;
 
 static inline uint32_t stream_token(const TokenStream *s, int64_t i) {
@@ -2904,7 +2931,12 @@ static inline uint32_t stream_token(const TokenStream *s, int64_t i) {
 }
 
 void stream_read(const TokenStream *s, int64_t start, int64_t n, int *tokens) {
-    for (int64_t i = 0; i < n; i++) tokens[i] = (int)stream_token(s, start + i);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t token = stream_token(s, start + i);
+        if (token >= s->vocab)      // stream_check saw none, so the mapped file is another one now
+            die(1, "a data file was changed while it was read: token %u is not among the %" PRId64 " of the vocabulary", token, s->vocab);
+        tokens[i] = (int)token;
+    }
 }
 
 // A .bin file in memory: 256 int32 (magic, version, count, zeros), then the tokens.
@@ -2940,8 +2972,8 @@ int stream_check(const TokenStream *s, int64_t vocab, char *err) {
         if ((int64_t)most < vocab) continue;
         for (int64_t i = start; ; i++)
             if ((int64_t)stream_token(s, i) >= vocab)
-                return fail(err, "token %" PRId64 " is %u, but the vocabulary has only %" PRId64 " tokens: give --vocab %" PRId64
-                            " or more, or the right tokenizer", i, stream_token(s, i), vocab, (int64_t)stream_token(s, i) + 1);
+                return fail(err, "token %" PRId64 " is %u, but the vocabulary has only %" PRId64 " tokens: give a larger --vocab (at most %d), or the right tokenizer",
+                            i, stream_token(s, i), vocab, 1 << 28);
     }
     return 0;
 }
@@ -2966,10 +2998,10 @@ void data_free(DataSet *d) {
     memset(d, 0, sizeof *d);
 }
 
-void data_add(DataSet *d, DataBuffer *buffer, const unsigned char *tokens, int64_t count, int width) {
+void data_add(DataSet *d, DataBuffer *buffer, const unsigned char *tokens, int64_t count, int width, int64_t vocab) {
     if (count <= 0) return;
     d->streams = (TokenStream *)xrealloc(d->streams, (size_t)(d->num_streams + 1) * sizeof(TokenStream));
-    TokenStream s = {tokens, count, width, buffer};
+    TokenStream s = {tokens, count, width, vocab, buffer};
     d->streams[d->num_streams++] = s;
     d->tokens += count;
     buffer->users++;
@@ -3026,14 +3058,14 @@ int data_is_bin(const char *arg) {
 // Adds a text to a data set: its bytes as they lie, or what the tokenizer makes of them.
 int data_add_text(DataSet *d, DataBuffer *buffer, const unsigned char *text, int64_t len, const Tokenizer *tokenizer, int64_t vocab, char *err) {
     if (!tokenizer || tokenizer->pattern == PATTERN_BYTES) {
-        data_add(d, buffer, text, len, 1);
+        data_add(d, buffer, text, len, 1, vocab);
     } else {
         int32_t *ids;
         int64_t n;
         if (tokenizer_encode(tokenizer, (const char *)text, len, &ids, &n, err) < 0) return -1;
         FileMap file = {(const unsigned char *)ids, 4 * n, 0};
         buffer = buffer_new(file);
-        data_add(d, buffer, file.data, n, 4);
+        data_add(d, buffer, file.data, n, 4, vocab);
         buffer_release(buffer);
     }
     return d->num_streams ? stream_check(&d->streams[d->num_streams - 1], vocab, err) : 0;
@@ -3064,15 +3096,15 @@ int data_load_bins(DataSet *train, DataSet *val, const FileList *files, int64_t 
         result = bin_parse(&s, file.data, file.len, err);
         if (!result) result = stream_check(&s, vocab, err);
         if (result) fail(err, "%s: %s", files->names[i], err);
-        else data_add(&all, buffer, s.tokens, s.count, s.width);
+        else data_add(&all, buffer, s.tokens, s.count, s.width, vocab);
         buffer_release(buffer);
     }
     int64_t left = val ? data_train_share(all.tokens) : all.tokens;  // tokens that still go to training
     for (int i = 0; i < all.num_streams && !result; i++) {
         const TokenStream *s = &all.streams[i];
         int64_t n = s->count < left ? s->count : left;
-        data_add(train, s->buffer, s->tokens, n, s->width);
-        if (val) data_add(val, s->buffer, s->tokens + n * s->width, s->count - n, s->width);
+        data_add(train, s->buffer, s->tokens, n, s->width, vocab);
+        if (val) data_add(val, s->buffer, s->tokens + n * s->width, s->count - n, s->width, vocab);
         left -= n;
     }
     data_free(&all);
@@ -5427,6 +5459,7 @@ typedef struct {
     int accumulation;  // micro-batches of a step
     int64_t memory;    // bytes
     int *tokens, *targets, *window;
+    double *moe_load;  // (L,E) choices in the last training step
     Progress progress;
     FILE *log;
 } Run;
@@ -5617,6 +5650,7 @@ int write_weights(const Run *run, const Model *model, const char *folder, char *
     free(path);
     if (result < 0) return -1;
     st_writer_meta(&w, "format", "pt");
+    if (run->bytes) st_writer_meta(&w, "tokenizer", "bytes");       // with --vocab, the size alone does not tell
     for (int i = 0; i < model->num_params; i++)
         st_writer_tensor(&w, model->params[i].name, dtype, model->params[i].ndim, model->params[i].shape);
     if (st_writer_header(&w, err) < 0) return -1;
@@ -5756,13 +5790,17 @@ int meta_read(const SafeTensors *st, const char *key, int64_t *value, char *err)
 int read_progress(Progress *p, const SafeTensors *st, char *err) {
     const char *best = safetensors_meta(st, "best_val_loss");
     if (!best) return fail(err, "%s: the metadata \"best_val_loss\" is missing", st->path);
-    p->best_val = strtod(best, NULL);
+    char *end;
+    p->best_val = strtod(best, &end);
+    if (end == best || *end || isnan(p->best_val)) return fail(err, "%s: the metadata \"best_val_loss\" is \"%.40s\", not a number", st->path, best);
     if (meta_read(st, "step", &p->step, err) < 0 || meta_read(st, "sequence", &p->sequence, err) < 0 ||
         meta_read(st, "tokens", &p->tokens, err) < 0 || meta_read(st, "best_step", &p->best_step, err) < 0 ||
         meta_read(st, "validations_since_best", &p->stale, err) < 0)
         return -1;
-    if (p->step < 0 || p->sequence < 0 || p->tokens < 0 || p->stale < 0)
-        return fail(err, "%s: a count in its metadata is negative", st->path);
+    const int64_t most = INT64_C(1) << 60, counts[] = {p->step, p->sequence, p->tokens, p->stale};
+    for (int i = 0; i < 4; i++)
+        if (counts[i] < 0 || counts[i] > most) return fail(err, "%s: a count in its metadata is out of range: %" PRId64, st->path, counts[i]);
+    if (p->best_step < -1 || p->best_step > p->step) return fail(err, "%s: the metadata \"best_step\" is behind its step", st->path);
     return 0;
 }
 
@@ -5797,6 +5835,8 @@ int checkpoint_load_options(Options *o, const char *folder, char *err) {
         const char *value = safetensors_meta(&st, key);
         if (value && option_set(row, o, xstrdup(value), why) < 0)
             result = fail(err, "%s: metadata \"%s\": %s", st.path, key, why);
+        else if (!value && row->type != OPT_TEXT && row->type != OPT_LAYERS)
+            warn("%s does not say what %s was: going on with the default", st.path, option_label(row));
         free(key);
     }
     safetensors_close(&st);
@@ -5832,7 +5872,8 @@ void log_open(Run *run) {
     if (run->options.resume) {
         for (ssize_t n; (n = getline(&line, &size, run->log)) > 0; keep += n) {
             long long step = -1;
-            if (line[n - 1] != '\n' || sscanf(line, "{\"step\":%lld", &step) != 1 || step > run->progress.step) break;
+            if (line[n - 1] != '\n') break;
+            if (sscanf(line, " { \"step\" : %lld", &step) == 1 && step > run->progress.step) break;
         }
         if (ftruncate(fileno(run->log), keep) != 0)
             die(1, "%s: cannot cut it back to step %" PRId64 ": %s", path, run->progress.step, strerror(errno));
@@ -5842,9 +5883,8 @@ void log_open(Run *run) {
     free(path);
 }
 
-// Mean gate per layer and branch, and the share of the choices that each expert got, as the last
-// evaluation found them; null for layers that have none.
-void log_model_stats(Text *line, const Model *model) {
+// Mean gate per layer and branch, as the last evaluation found them; null for layers that have none.
+void log_gates(Text *line, const Model *model) {
     const Config *c = &model->config;
     text_add(line, ",\"gates\":[");
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
@@ -5856,10 +5896,14 @@ void log_model_stats(Text *line, const Model *model) {
         if (!layer_is_full(c, layer)) text_add(line, "]");
     }
     text_add(line, "]");
-    if (!c->num_experts) return;
+}
+
+// The share of the choices that each expert got before drops: of a training step, or of an evaluation without one; null for layers
+// without experts.
+void log_moe_load(Text *line, const Config *c, const double *loads) {
     text_add(line, ",\"moe_load\":[");
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
-        const double *load = model->moe_load + (int64_t)layer * c->num_experts;
+        const double *load = loads + (int64_t)layer * c->num_experts;
         double sum = 0;
         for (int e = 0; e < c->num_experts; e++) sum += load[e];
         if (layer) text_add(line, ",");
@@ -5889,7 +5933,8 @@ void log_step(const Run *run, const Model *model, const StepReport *r) {
         log_number(&line, ",\"ms\":", 1e3 * r->seconds);
     }
     text_add(&line, ",\"mem\":%" PRId64 ",\"ranks\":1", run->memory);
-    if (r->evaluated) log_model_stats(&line, model);
+    if (r->evaluated) log_gates(&line, model);
+    if (run->config.num_experts) log_moe_load(&line, &run->config, r->seconds > 0 ? run->moe_load : model->moe_load);
     text_add(&line, "}\n");
     log_write(run, &line);
     free(line.data);
@@ -6004,6 +6049,7 @@ StepReport train_step(Run *run, Model *model) {
     info.step = p->step;
     info.grad_scale = 1.0 / run->accumulation;
     device_zero_grads(model);
+    model_stats_reset(model);
     order_seek(&run->order, o->overfit ? 0 : p->sequence);
     for (int micro = 0; micro < run->accumulation; micro++) {
         info.first_sequence = (int64_t)micro * B;
@@ -6022,6 +6068,8 @@ StepReport train_step(Run *run, Model *model) {
         r.moe_z += model->moe_z * info.grad_scale;
         r.moe_balance += model->moe_balance * info.grad_scale;
     }
+    const Config *c = &run->config;
+    if (c->num_experts) memcpy(run->moe_load, model->moe_load, (size_t)c->num_hidden_layers * (size_t)c->num_experts * sizeof(double));
     r.lr = learning_rate(o, p->step);
     r.grad_norm = device_grad_norm(model);
     p->step++;
@@ -6041,26 +6089,19 @@ StepReport train_step(Run *run, Model *model) {
 // ----------------------------------------------------------------------------
 // From the command line to a run that can start. What cannot work is said here, before any work.
 
-// out/run_001, out/run_002...: the first free one, or the last one with a checkpoint; NULL: none.
+// out/run_001, out/run_002...: the one behind the last, or the last one that has a checkpoint (NULL: none). Numbers only grow,
+// so that the last is the newest whatever was deleted.
 char *numbered_out(int free_one) {
-    char *found = NULL;
-    for (int i = 1; i < 1000000; i++) {
-        char *out = format("out/run_%03d", i), *latest = format("%s/latest", out);
-        int there = is_there(out), has_latest = is_folder(latest);
+    long last = 0;
+    DIR *dir = opendir("out");
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char *end, *latest = format("out/%s/latest", entry->d_name);
+        const long number = !strncmp(entry->d_name, "run_", 4) && isdigit((unsigned char)entry->d_name[4]) ? strtol(entry->d_name + 4, &end, 10) : 0;
+        if (number > last && number < 1000000000 && !*end && (free_one || is_folder(latest))) last = number;
         free(latest);
-        if (free_one && !there) return out;
-        if (!there) {
-            free(out);
-            break;
-        }
-        if (free_one || !has_latest) {
-            free(out);
-            continue;
-        }
-        free(found);
-        found = out;
     }
-    return found;
+    if (dir) closedir(dir);
+    return free_one ? format("out/run_%03ld", last + 1) : last ? format("out/run_%03ld", last) : NULL;
 }
 
 // Makes the folder of the run. Another program may have taken the number meanwhile.
@@ -6099,6 +6140,8 @@ void find_folders(Run *run) {
         char *log = existing(format("%s/log.jsonl", o->out)), *latest = existing(format("%s/latest", o->out));
         if (latest) die(2, "-o %s holds a run already: continue it with -y or choose another -o", o->out);
         if (log) die(2, "-o %s holds a run that ended before its first checkpoint: delete it or choose another -o", o->out);
+        char *config = existing(format("%s/config.json", o->out));
+        if (config) die(2, "-o %s is the folder of a model (it has a config.json): choose another -o", o->out);
     }
     if (o->out) run->out = xstrdup(o->out);
     else if (!o->evaluate_only) run->out = numbered_out(1);
@@ -6137,9 +6180,14 @@ void find_config(Run *run) {
     if (result < 0) die(result == -2 ? 2 : 1, "%s", err);
     config_from_options(c, o, path ? &from : NULL);
     int asks_for_experts = option_given(o, &o->config.num_experts_per_tok) || option_given(o, &o->config.num_shared_experts) ||
-                           option_given(o, &o->config.moe_intermediate_size) || option_given(o, &o->config.capacity_factor);
+                           option_given(o, &o->config.moe_intermediate_size) || option_given(o, &o->config.capacity_factor) ||
+                           option_given(o, &o->config.first_dense_layers) || option_given(o, &o->config.z_loss_coef) ||
+                           option_given(o, &o->config.balance_loss_coef);
     if (asks_for_experts && !c->num_experts)
         die(2, "the options of a mixture of experts need --experts: how many are routed");
+    if (run->start && !o->resume && option_given(o, o->gate_init))
+        die(2, "--gate-init is where the gates of a new model start, and -e %s has gates: leave it out", o->model);
+    if (option_given(o, &o->cycles) && o->schedule != SCHEDULE_RESTARTS) die(2, "--cycles is of --schedule restarts: give both or neither");
 
     if (!c->vocab_size) c->vocab_size = run->tokenizer_text ? run->tokenizer.vocab_size : run->bytes ? 256 : 50257;
     if (run->tokenizer_text && run->tokenizer.vocab_size > c->vocab_size)
@@ -6224,9 +6272,18 @@ void run_prepare(Run *run, int argc, char **argv) {
     options_parse(train_options, TRAIN_OPTIONS, o, o->given, argc, argv);
     if (o->help) {
         train_help();
-        exit(fflush(stdout) == 0 ? 0 : 1);
+        if (fflush(stdout) != 0) die(1, "cannot write to the standard output: %s", strerror(errno));
+        exit(0);
     }
     o->evaluate_only = option_given(o, &o->max_steps) && o->max_steps == 0;
+    for (int i = 0; i < TRAIN_OPTIONS; i++) {       // a checkpoint remembers them, in UTF-8
+        const Option *row = &train_options[i];
+        const char *text = row->type == OPT_TEXT && row->of == OF_RUN ? *(const char **)((char *)o + row->offset) : NULL;
+        uint32_t unused;
+        for (int n; text && *text; text += n)
+            if ((n = utf8_decode(text, (int64_t)strlen(text), &unused)) <= 0)
+                die(2, "%s: this name is not UTF-8, so that a checkpoint cannot remember it: rename or link the file", option_label(row));
+    }
     run->progress.best_val = INFINITY;
     run->progress.best_step = -1;
     find_folders(run);
@@ -6242,6 +6299,7 @@ void run_prepare(Run *run, int argc, char **argv) {
     run->targets = (int *)xmalloc((size_t)micro * sizeof(int));
     run->window = (int *)xmalloc(((size_t)o->seq_len + 1) * sizeof(int));
     run->tokens[0] = 0;
+    run->moe_load = (double *)xcalloc((size_t)run->config.num_hidden_layers * (size_t)max64(1, run->config.num_experts), sizeof(double));
 }
 
 // ----------------------------------------------------------------------------
@@ -6342,7 +6400,6 @@ void catch_signals(void) {
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGHUP, NULL, &old);
     if (old.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // a lost terminal, unless nohup forgives it
-    signal(SIGXFSZ, SIG_IGN);  // a file over the limit is then an error like a full disk
 }
 
 // -x 0: the loss, and nothing is written but a line of the log that -o names.
@@ -6383,6 +6440,11 @@ void run_train(Run *run, Model *model) {
         done = every_step_done || early || stop_signal;
         log_step(run, model, &r);
         print_step(run, &r, (now_seconds() - start) / (double)(p->step - first) * (double)(o->max_steps - p->step));
+        if (r.evaluated && !isfinite(r.val_loss)) {     // not worth a checkpoint, nor the loss of an older one
+            const char *latest = existing(format("%s/latest", run->out));
+            die(1, "step %" PRId64 ": the validation loss is not finite (%g): try a lower --lr%s%s", p->step, r.val_loss,
+                latest ? "; the last checkpoint is kept: " : "", latest ? latest : "");
+        }
         if (done || (o->checkpoint_every && p->step % o->checkpoint_every == 0) || (o->early_stop && better)) {
             device_fetch(model);
             if (checkpoint_save(run, model, err) < 0) die(1, "no checkpoint of step %" PRId64 ": %s", p->step, err);
@@ -6392,7 +6454,7 @@ void run_train(Run *run, Model *model) {
         if (o->sample_every && !stop_signal && (done || p->step % o->sample_every == 0)) print_sample(run, model);
     }
     if (fclose(run->log) != 0) die(1, "%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
-    if (stop_signal) {
+    if (stop_signal && p->step < o->max_steps) {
         printf("stopped by a signal after step %" PRId64 " of %" PRId64 ", saved in %s/latest: ./%s -y -o %s continues\n",
                p->step, o->max_steps, run->out, program_name, run->out);
         return;
@@ -6406,7 +6468,7 @@ void run_train(Run *run, Model *model) {
 int train_main(int argc, char **argv) {
     Run run;
     Model model;
-    patient_threads(argv);
+    start_process(argv);
     run_prepare(&run, argc, argv);
     run_model(&run, &model);
     if (run.options.evaluate_only) run_evaluate(&run, &model);

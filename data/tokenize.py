@@ -157,10 +157,13 @@ class Shards:
         self.parts = []
 
     def drop(self):
-        if self.file is not None:
-            self.file.close()
         for part in self.parts:
             part.unlink(missing_ok=True)
+        if self.file is not None:
+            try:
+                self.file.close()
+            except OSError:     # the disk is full, as the error before this one said
+                pass
 
 
 def bar(spans, what, quiet):
@@ -271,17 +274,21 @@ def main(argv=None):
         if args.val:
             val = split_spans(args.val, 0.0)[1]
         if not train:
-            die("there is no text to train on: the files are empty")
+            die("there is no text to train on: the files are empty, or --train-fraction leaves nothing")
+        if args.val and not val:
+            die("there is no text to validate on: the files of --val are empty")
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)      # before the long work, not behind it
         tokenizer = train_tokenizer(train, args) if args.command == "train" else load_tokenizer(args.tokenizer)
         vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if args.command == "train" and vocab < args.vocab:
             print(f"tokenize.py: note: the text gave only {vocab} tokens, not {args.vocab}", file=sys.stderr)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
         for name, spans in (("train", train), ("val", val)):
             if spans:
                 written.append(shards := Shards(out, name, vocab, args.shard_tokens))
                 encode(tokenizer, spans, shards, args)
+                if not shards.total:
+                    die(f"there is nothing but white space to {'train' if name == 'train' else 'validate'} on")
                 size = sum(end - begin for _, begin, end in spans)
                 print(f"{name}: {shards.total} tokens in {len(shards.parts)} file{'s' * (len(shards.parts) != 1)}, {size / max(shards.total, 1):.2f} bytes a token")
         part = out / "tokenizer.json.part"

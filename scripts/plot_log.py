@@ -38,8 +38,9 @@ def die(message):
 
 def read_log(path):
     """The objects of a log, one a step. A last line that a running or killed program left half written is passed over."""
+    path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)      # the folder of a run will do
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         die(f"{path}: {error.strerror}")
     except UnicodeDecodeError:
@@ -136,7 +137,12 @@ def stacked(rows, key):
     layers = {}
     for n in range(min(len(v) for _, v in found)):
         if all(isinstance(v[n], list) and v[n] for _, v in found):
-            layers[n] = np.array([v[n] for _, v in found], float)
+            try:
+                layers[n] = np.array([v[n] for _, v in found], float)
+            except (ValueError, TypeError):
+                die(f'"{key}" of layer {n} is not the same list of numbers in every row: is this a log.jsonl of train_nsa?')
+            if layers[n].ndim != 2 or (key == "gates" and layers[n].shape[1] != len(BRANCHES)):
+                die(f'"{key}" of layer {n} has another shape than train_nsa writes')
     return np.array([s for s, _ in found], float), layers
 
 
@@ -158,7 +164,8 @@ def draw_load(ax, steps, load, layer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", metavar="LOG.jsonl")
+    parser.error = lambda message: sys.exit(f"plot_log.py: {message}; see --help")
+    parser.add_argument("logs", nargs="+", metavar="LOG.jsonl", help="logs, or the folders of runs")
     parser.add_argument("-o", "--out", required=True, metavar="FILE.png", help="the picture; .pdf and .svg work too")
     parser.add_argument("--columns", type=int, default=4, help="small panels in a row (default 4)")
     args = parser.parse_args()

@@ -168,6 +168,42 @@ check "a checkpoint evaluates as it was ($logged, $evaluated)" test "$(printf %.
 good $tiny -x 0 -e kept/latest -o noted
 check '-x 0 -o FOLDER notes it' grep -q '"val_loss"' noted/log.jsonl
 check '-x 0 -o FOLDER writes no checkpoint' test ! -e noted/latest
+good $tiny -x 2 -o loads --experts 4
+check 'the load of the experts at every step' test "$(grep -c '"moe_load":\[\[' loads/log.jsonl)" -eq 2
+
+# --- a model that training has lost keeps its last good checkpoint
+bad 1 'the validation loss is not finite' $tiny -x 3 -l 10 -c 100 -u 0 -v 1 -n 1 --keep 1 -o lost
+[ ! -e lost/latest ] || good $tiny -x 0 -e lost
+
+# --- runs are numbered upwards, so that -y finds the newest
+mkdir numbers_only && cd numbers_only || exit 1
+for i in 1 2 3; do good $tiny -i ../text.txt -x 1; done
+rm -rf out/run_001 out/run_002
+good -y -x 2
+check 'the newest goes on' test -d out/run_003/step_00000002
+good $tiny -i ../text.txt -x 1
+check 'a new run comes behind it' test -d out/run_004/latest
+cd ..
+
+# --- where a run cannot go, what cannot be said
+bad 2 'is the folder of a model' $tiny -x 1 -o kept/latest
+bad 2 '--cycles is of --schedule restarts' $tiny -x 1 --cycles 3
+bad 2 'need --experts' $tiny -x 1 --dense-layers 1
+bad 2 '--gate-init is where' $tiny -x 1 -e kept --gate-init 0,0,0
+bad 2 'from -1000 to 1000' $tiny -x 1 --gate-init 1e308,0,0
+cp text.txt "$(printf 'caf\351.txt')"
+bad 2 'not UTF-8' $tiny -i "$(printf 'caf\351.txt')" -x 1 -o latin
+
+# --- closed streams, data that changes under a run
+"$TRAIN" $tiny -x 2 -o closed >&- 2>&-
+check 'a closed standard output is not the log' test "$(grep -c '^{"step"' closed/log.jsonl)" -eq "$(wc -l < closed/log.jsonl)"
+cp text.txt shrinking.txt
+"$TRAIN" -i shrinking.txt --layers 1 --width 32 --heads 2 -t 32 -b 2 -s 0 -v 0 -n 0 -m 2 -x 100000000 -o shrunk > out.txt 2> err.txt &
+for i in $(seq 100); do [ -s shrunk/log.jsonl ] && break; sleep 0.1; done
+: > shrinking.txt
+wait $!
+check 'a text cut short under a run: exit 1, one line' test $? -eq 1 -a "$(wc -l < err.txt)" -eq 1
+( ulimit -f 0; exec "$TRAIN" $tiny -x 0 -e kept -o limited > /dev/null 2> err2.txt ); check 'a limit on files: an error, not a signal' test $? -eq 1
 
 good $tiny -x 0 -e kept
 check '-e OUT is -e OUT/latest' grep -qF "val_loss $evaluated" out.txt
@@ -232,7 +268,8 @@ bad 1 'the validation loss is not finite' $tiny -x 0 -e broken
 bad 1 'step 1: the loss is not finite' $tiny -x 3 -e broken -o not_finite
 bad 1 'first in the output head' $tiny -x 3 -e broken -o not_finite_again
 check 'no checkpoint of it' test ! -e not_finite/latest
-good $tiny -x 3 -e broken --skip-bad-steps -o skipping
+bad 1 'step 3: the validation loss is not finite' $tiny -x 3 -e broken --skip-bad-steps -o skipping
+check 'a lost model is not saved' test ! -e skipping/latest
 check 'every bad step is skipped and logged' test "$(grep -c '"loss":null' skipping/log.jsonl)" -eq 3
 
 result

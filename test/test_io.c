@@ -378,7 +378,7 @@ DataSet numbered_data(const int64_t *counts, int n) {
         for (int64_t i = 0; i < counts[k]; i++) tokens[i] = (int32_t)(k * 1000000 + i);
         FileMap file = {(const unsigned char *)tokens, 4 * counts[k], 0};
         DataBuffer *b = buffer_new(file);
-        data_add(&d, b, file.data, counts[k], 4);
+        data_add(&d, b, file.data, counts[k], 4, INT64_C(1) << 32);
         buffer_release(b);
     }
     return d;

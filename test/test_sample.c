@@ -205,7 +205,8 @@ void test_feeding(void) {
     // a token that was drawn last and is not in the cache yet comes before the next line
     int64_t n;
     s.next[0] = 7;
-    int *ids = tokens_of(&s, "\x05\x06", 2, &n);
+    char err[ERR_LEN];
+    int *ids = tokens_of(&s, "\x05\x06", 2, &n, err);
     check(n == 3 && ids[0] == 7 && ids[1] == 5 && ids[2] == 6, "the pending token comes first");
     free(ids);
     free(wanted);

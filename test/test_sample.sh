@@ -6,6 +6,8 @@ fixtures=$(realpath test/fixtures)
 [ -x "$SAMPLE" ] || { echo "there is no program ${SAMPLE:-./sample}: make builds it"; exit 1; }
 good $tiny -x 3 -o run
 good $tiny -x 3 -o dense --attention full
+good $tiny -x 1 -o larger --vocab 300
+good $tiny -x 1 -o ascii --vocab 128
 good $tiny -x 1 -o experts --experts 4 --full-layers 0 --dtype bf16
 good $tiny -x 1 -o gpt2 --tokenizer "$fixtures/tokenizer_gpt2.json"
 TRAIN=$SAMPLE               # good and bad run the sampler from here on
@@ -52,6 +54,11 @@ check 'so is top-p 0' cmp first.txt out.txt
 good -e run -p abc -n 40 --temp 0 --threads 1
 check 'greedy, one thread' cmp first.txt out.txt
 good -e run -n 20                  # no prompt: starts a text
+good -e run -p '' -n 5              # so does an empty one
+good -e larger -p hello -n 3       # --vocab 300 is bytes still
+printf 'abc\n\303\251\nabc\n' | "$SAMPLE" -e ascii -i -n 3 > out.txt 2> err.txt
+check 'a line that the model cannot read is not the end' test $? -eq 0 -a "$(wc -l < err.txt)" -eq 1 -a "$(wc -l < out.txt)" -eq 2
+bad 2 'name two files' -e run -p abc -n 0 --dump-logits same.st --dump-attention same.st
 good -e dense -p abc -n 50
 good -e experts -p abc -n 50
 good -e gpt2 -p "$prompt" -n 50 --seed 3
