@@ -150,8 +150,9 @@ build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBE
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
 
 # the GPU against the CPU
-test-gpu: train_nsacu build/test_nsa_cu
-	@TRAIN=./train_nsacu sh test/run_tests.sh build/test_nsa_cu test/test_resume.sh
+test-gpu: train_nsa train_nsacu build/test_nsa_cu
+	@sh test/run_tests.sh build/test_nsa_cu test/gpu.sh
+	@START_DELAY=1 TRAIN=./train_nsacu sh test/run_tests.sh test/test_resume.sh
 
 clean:
 	rm -rf build train_nsa sample train_nsacu data/tales

@@ -1,6 +1,6 @@
 // The GPU against the CPU: the same weights and tokens through both models, in one process. Run from the root of the repository:
 //     make test-gpu
-// f32, without TF32. Blocks are chosen by the CPU for both, so that a tie is not an error; disagreements are counted apart.
+// f32, without TF32; errors as |a - b| / (|b| + 1e-6·|all gradients|). Blocks are chosen by the CPU for both, so that a tie is not an error; disagreements are counted apart.
 
 #define NSA_CU_NO_MAIN
 #include "../train_nsa.cu"
@@ -151,7 +151,9 @@ static void test_case(const Case *x) {
     double worst = 0;
     for (int i = 0; i < p.cpu.num_params; i++) {
         const Param *t = &p.cpu.params[i];
-        const double e = error_of(grads + t->offset, p.cpu.grads + t->offset, t->count, 1e-6 * all);
+        // A query that sees one key has exactly no gradient through its scores; what is left of it is rounding on both sides.
+        const int nothing = norm_of(grads + t->offset, t->count) < 1e-6 * all && norm_of(p.cpu.grads + t->offset, t->count) < 1e-6 * all;
+        const double e = nothing ? 0 : error_of(grads + t->offset, p.cpu.grads + t->offset, t->count, 1e-6 * all);
         check(e < 1e-4, "%s: gradient of %s: error %.2e", x->name, t->name, e);
         worst = fmax(worst, e);
     }

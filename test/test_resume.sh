@@ -71,6 +71,7 @@ resume=
 for delay in 0.31 0.12 0.23 0.08 0.17 0.29 0.05 0.21 0.13 0.26; do
     if [ -e killed/latest ]; then resume='-y -x 1000000'; else rm -rf killed; fi
     "$TRAIN" ${resume:-$killed -x 1000000} -o killed > out.txt 2> err.txt &
+    sleep "${START_DELAY:-0}"      # a GPU takes its time to start
     sleep $delay
     kill -KILL $! 2> /dev/null
     wait $! 2> /dev/null

@@ -1,0 +1,40 @@
+#!/bin/sh
+# The two programs on each other's folders: what one has trained, the other continues and evaluates. make test-gpu runs this.
+
+GPU=$(realpath "${GPU:-./train_nsacu}")
+. test/lib.sh
+[ -x "$GPU" ] || { echo "there is no program $GPU: make train_nsacu builds it"; exit 1; }
+CPU=$TRAIN
+
+# near FILE1 FILE2 KEY: the same number of values under this key, none further apart than 1e-4
+near() {
+    for log in "$1" "$2"; do sed -n "s/.*\"$3\":\([0-9.e+-]*\).*/\1/p" "$log" > "values.$(basename "$(dirname "$log")")"; done
+    check "$3 of $1 and $2" sh -c 'paste "$0" "$1" | awk "{ d = \$1 - \$2; if (NF != 2 || d > 1e-4 || d < -1e-4) bad = 1 } END { exit bad || NR == 0 }"' \
+        "values.$(basename "$(dirname "$1")")" "values.$(basename "$(dirname "$2")")"
+}
+
+small='-i text.txt --layers 2 --width 32 --heads 2 --kv-heads 1 -t 64 -b 2 -s 0 -m 2 -v 3 -n 3 --keep 0'
+both() { # NAME OPTIONS...
+    of=$1; shift
+    TRAIN=$CPU; good $small -x 6 -o "$of.cpu" "$@"
+    TRAIN=$GPU; good $small -x 6 -o "$of.gpu" "$@"
+    near "$of.cpu/log.jsonl" "$of.gpu/log.jsonl" loss
+    near "$of.cpu/log.jsonl" "$of.gpu/log.jsonl" val_loss
+    TRAIN=$CPU; good $small -x 3 -o "$of.mixed" "$@"
+    TRAIN=$GPU; good -y -o "$of.mixed" -x 6
+    near "$of.cpu/log.jsonl" "$of.mixed/log.jsonl" val_loss
+    TRAIN=$GPU; good $small -x 3 -o "$of.mixed2" "$@"
+    TRAIN=$CPU; good -y -o "$of.mixed2" -x 6
+    near "$of.cpu/log.jsonl" "$of.mixed2/log.jsonl" val_loss
+}
+# The schedule is that of six steps for all of them.
+flat='-k constant -u 2'
+both nsa $flat --dropout 0.2
+both experts $flat --experts 4 --shared-experts 1 --capacity-factor 1 -d 256
+both hybrid $flat --full-layers 1 --gate q_cond --compress conv1d --untied-head --dtype bf16
+
+# --- without -b the micro-batch follows from -d
+TRAIN=$GPU
+good -i text.txt --layers 1 --width 32 --heads 2 -t 32 -d 256 -x 1 -s 0 -v 0 -m 2 -o chosen
+check 'eight sequences at once' grep -q '(1 x 8 x 32)' out.txt
+result
