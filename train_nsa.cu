@@ -1186,6 +1186,12 @@ int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int t
 
 void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     const Config *c = &m->config;
+    int nsa = 0, len;
+    for (int l = 0; l < c->num_hidden_layers; l++) nsa |= !layer_is_full(c, l);
+    if (nsa && c->compress != COMPRESS_MLP && c->compress != COMPRESS_GROUPED_MLP && c->compress != COMPRESS_CONV1D && c->compress != COMPRESS_AVGPOOL) {
+        const char *name = choice_name(compress_names, c->compress, &len);
+        die(2, "--compress %.*s has no kernels here yet: train_nsa, on the CPU, knows it", len, name);
+    }
     device_open();
     Model *g = m->twin = (Model *)xcalloc(1, sizeof(Model));
     g->config = *c;
