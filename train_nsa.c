@@ -312,16 +312,17 @@ void patient_threads(char **argv) {
 // A data file that somebody cuts short while it is mapped raises this signal at the next look at it.
 void on_lost_file(int signal_number) {
     static const char line[] = ": a file became shorter while it was read: leave the data alone while a run reads it\n";
-    (void)signal_number;
-    if (write(2, program_name, strlen(program_name)) >= 0 && write(2, line, sizeof line - 1) >= 0) _exit(1);
+    const ssize_t said = write(2, program_name, strlen(program_name)) + write(2, line, sizeof line - 1);
+    (void)signal_number, (void)said;
     _exit(1);
 }
 
 // What every program does first.
 void start_process(char **argv) {
     // A closed standard stream would hand its number to the first file that is opened, a log for example.
-    for (int fd = open("/dev/null", O_RDWR); fd >= 0 && fd <= 2; fd = open("/dev/null", O_RDWR))
-        if (fd == 2) break;
+    int fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+    if (fd > 2) close(fd);
     patient_threads(argv);
     signal(SIGXFSZ, SIG_IGN);       // a file over the limit is then an error like a full disk
     signal(SIGBUS, on_lost_file);
@@ -6180,14 +6181,13 @@ void find_config(Run *run) {
     if (result < 0) die(result == -2 ? 2 : 1, "%s", err);
     config_from_options(c, o, path ? &from : NULL);
     int asks_for_experts = option_given(o, &o->config.num_experts_per_tok) || option_given(o, &o->config.num_shared_experts) ||
-                           option_given(o, &o->config.moe_intermediate_size) || option_given(o, &o->config.capacity_factor) ||
-                           option_given(o, &o->config.first_dense_layers) || option_given(o, &o->config.z_loss_coef) ||
-                           option_given(o, &o->config.balance_loss_coef);
+                           option_given(o, &o->config.moe_intermediate_size) || option_given(o, &o->config.capacity_factor);
     if (asks_for_experts && !c->num_experts)
         die(2, "the options of a mixture of experts need --experts: how many are routed");
-    if (run->start && !o->resume && option_given(o, o->gate_init))
-        die(2, "--gate-init is where the gates of a new model start, and -e %s has gates: leave it out", o->model);
-    if (option_given(o, &o->cycles) && o->schedule != SCHEDULE_RESTARTS) die(2, "--cycles is of --schedule restarts: give both or neither");
+    if (!c->num_experts && (option_given(o, &o->config.first_dense_layers) || option_given(o, &o->config.z_loss_coef) || option_given(o, &o->config.balance_loss_coef)))
+        warn("--dense-layers, --z-loss and --balance-loss say nothing without --experts");
+    if (run->start && option_given(o, o->gate_init)) warn("--gate-init is where the gates of a new model start: those of %s stay as they are", run->start);
+    if (option_given(o, &o->cycles) && o->schedule != SCHEDULE_RESTARTS) warn("--cycles says nothing without --schedule restarts");
 
     if (!c->vocab_size) c->vocab_size = run->tokenizer_text ? run->tokenizer.vocab_size : run->bytes ? 256 : 50257;
     if (run->tokenizer_text && run->tokenizer.vocab_size > c->vocab_size)

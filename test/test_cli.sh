@@ -187,9 +187,10 @@ cd ..
 
 # --- where a run cannot go, what cannot be said
 bad 2 'is the folder of a model' $tiny -x 1 -o kept/latest
-bad 2 '--cycles is of --schedule restarts' $tiny -x 1 --cycles 3
-bad 2 'need --experts' $tiny -x 1 --dense-layers 1
-bad 2 '--gate-init is where' $tiny -x 1 -e kept --gate-init 0,0,0
+for idle in '--cycles 3' '--dense-layers 1' '-e kept --gate-init 0,0,0'; do
+    "$TRAIN" $tiny -x 0 -m 1 $idle > out.txt 2> err.txt
+    check "$idle: a warning that it says nothing here" test $? -eq 0 -a "$(wc -l < err.txt)" -eq 1
+done
 bad 2 'from -1000 to 1000' $tiny -x 1 --gate-init 1e308,0,0
 cp text.txt "$(printf 'caf\351.txt')"
 bad 2 'not UTF-8' $tiny -i "$(printf 'caf\351.txt')" -x 1 -o latin
