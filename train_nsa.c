@@ -2971,10 +2971,13 @@ int stream_check(const TokenStream *s, int64_t vocab, char *err) {
             most = token > most ? token : most;
         }
         if ((int64_t)most < vocab) continue;
-        for (int64_t i = start; ; i++)
-            if ((int64_t)stream_token(s, i) >= vocab)
-                return fail(err, "token %" PRId64 " is %u, but the vocabulary has only %" PRId64 " tokens: give a larger --vocab (at most %d), or the right tokenizer",
-                            i, stream_token(s, i), vocab, 1 << 28);
+        for (int64_t i = start; ; i++) {
+            const int64_t token = stream_token(s, i);
+            if (token >= 1 << 28) return fail(err, "token %" PRId64 " is %" PRId64 ", more than any vocabulary has (%d): these are not tokens", i, token, 1 << 28);
+            if (token >= vocab)
+                return fail(err, "token %" PRId64 " is %" PRId64 ", but the vocabulary has only %" PRId64 " tokens: give --vocab %" PRId64 " or more, or the right tokenizer",
+                            i, token, vocab, token + 1);
+        }
     }
     return 0;
 }
