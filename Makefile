@@ -99,7 +99,7 @@ data/tales: data/tales.c build/flags
 	$(CC) $(FLAGS) $< -o $@ $(LDLIBS)
 .PHONY: tales
 
-run: train_nsa
+run: $(PROGRAMS)
 	./train_nsa
 
 # what dev/benchmarks.md reports
