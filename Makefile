@@ -51,7 +51,7 @@ ASAN_TESTS := $(if $(wildcard test/test_io.c),build/test_io_asan) $(if $(wildcar
 SHELL_TESTS := $(wildcard test/test_*.sh)
 EMBEDDED = build/modeling_nsa.h
 
-.PHONY: all found run bench test test-asan test-gpu asan fuzz clean help FORCE
+.PHONY: all found run bench test test-asan test-gpu test-gpu-emulated asan fuzz clean help FORCE
 .DELETE_ON_ERROR:
 
 all: found $(PROGRAMS)
@@ -154,6 +154,23 @@ test-gpu: train_nsa train_nsacu build/test_nsa_cu
 	@sh test/run_tests.sh build/test_nsa_cu test/gpu.sh
 	@START_DELAY=1 TRAIN=./train_nsacu sh test/run_tests.sh test/test_resume.sh
 
+# The same without a GPU: test/cuda_on_cpu runs the kernels on the CPU. It finds wrong results, races of order, accesses out of
+# bounds (EMULATE="-O1 -fsanitize=address,undefined"), not slowness.
+CXX_EMULATED ?= $(CXX)
+EMULATE ?= -O2
+EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
+TRANSLATED = build/emulated/train_nsa.cu $(wildcard test/cuda_on_cpu/*) train_nsa.c data/tales.c $(EMBEDDED) build/flags
+build/emulated/%: % test/cuda_on_cpu/translate.sed
+	@mkdir -p $(dir $@)
+	sed -E -f test/cuda_on_cpu/translate.sed $< > $@
+build/train_nsacu_emulated: $(TRANSLATED)
+	$(EMULATED) build/emulated/train_nsa.cu -o $@
+build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
+	$(EMULATED) $< -o $@
+test-gpu-emulated: train_nsa build/train_nsacu_emulated build/test_nsa_cu_emulated
+	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated test/gpu.sh
+	@TRAIN=build/train_nsacu_emulated sh test/run_tests.sh test/test_resume.sh
+
 clean:
 	rm -rf build train_nsa sample train_nsacu data/tales
 
@@ -167,6 +184,7 @@ help:
 	@echo "make tales       data/tales, the generator of the built-in corpus and of long-range tasks"
 	@echo "make train_nsacu the GPU program (nvcc, cuBLAS); GPU_ARCH=-arch=sm_90 chooses the GPU"
 	@echo "make test-gpu    the GPU against the CPU"
+	@echo "make test-gpu-emulated  the same without a GPU, the kernels run by the CPU"
 	@echo "make clean       removes what was built; runs in out/ stay"
 	@echo
 	@echo "with  BLAS=1 (link CBLAS)  PORTABLE=1 (any CPU of this kind)  OPENMP=0 (one thread)"

@@ -1043,7 +1043,7 @@ static float *gpu_moe_backward(float *dx, float *dexperts, const float *dout, co
         gpu_linear_backward(NULL, 0, dw_down, dy, C, h, F, NULL, n, F, C, 0);
         gpu_swiglu_backward(dgate_up, dh, gate_up + from * 2 * F, n, F);
         gpu_linear_backward(dy, C, dw_gate_up, dgate_up, 2 * F, rows, C, expert_gate_up(experts, s, e), n, C, 2 * F, 0);
-        scatter_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(dx, dy, NULL, list, n, C, s->k);
+        scatter_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(dx, dy, nullptr, list, n, C, s->k);
         LAUNCHED();
     }
     free(start);

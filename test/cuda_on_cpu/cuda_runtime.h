@@ -1,0 +1,583 @@
+// CUDA on the CPU, for tests: enough of CUDA to run the kernels of train_nsa.cu and sample.c where there is no GPU.
+//
+// A kernel's threads are fibers of one CPU thread: each runs until it waits for others (__syncthreads, __syncwarp, a shuffle,
+// a matrix instruction), then the next one runs. Blocks are shared out among the CPU's threads. What a GPU leaves undefined is
+// made to fail here: fresh memory is NaN, cp.async delivers nothing before it is waited for, an exited lane that a mask
+// names or a barrier that not all reach ends the program. Under AddressSanitizer and UBSan, accesses out of bounds
+// (dynamic shared memory too) and misaligned ones are found. EMU_REVERSE=1 runs the threads of a block the other way round: a missing barrier
+// shows as another result. Nothing here says how fast a kernel is.
+//
+// test/cuda_on_cpu/translate.sed turns what only nvcc reads (launches, dynamic shared memory) into C++.
+
+#pragma once
+#define CUDA_ON_CPU 1
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <setjmp.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <vector>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __shared__ static thread_local
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __CUDA_ARCH__ 900
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// ----------------------------------------------------------------------------
+// Threads of a block
+
+namespace emu {
+
+enum { WARP = 32, MAX_THREADS = 1024, STACK = 256 << 10 };
+
+[[noreturn]] static inline void stop(const char *what);
+
+struct Barrier { int arrived = 0; unsigned generation = 0; };
+
+struct Warp {
+    Barrier barrier;
+    uint64_t slot[2][WARP][4];      // what the lanes hand each other; two, so that a lane may be one exchange ahead
+};
+
+struct CopyAsync { void *to; const void *from; int bytes, filled; };
+
+struct Thread {
+    uint3 idx;
+    bool started, done;
+    unsigned exchanges;             // that this lane has taken part in
+    int fiber;
+    std::vector<std::vector<CopyAsync>> copies;     // groups of cp.async; the last one is open
+};
+
+struct Fiber {
+    jmp_buf at;
+    ucontext_t context;
+    char *stack;
+    bool entered;
+    int thread;
+    void *fake_stack;
+};
+
+struct Worker {     // one CPU thread
+    std::vector<Fiber *> fibers;
+    std::vector<int> idle;
+    std::vector<Thread> threads;
+    Warp warps[MAX_THREADS / WARP];
+    Barrier block;
+    int live, count, next, fiber, current;      // threads not done; of the block; next to start; running fiber; running thread
+    int64_t waits;                  // since somebody got on
+    char *shared = nullptr;
+    size_t shared_bytes = 0;
+    uint3 block_idx;
+    dim3 block_dim, grid_dim;
+    std::function<void()> body;
+    const char *name = "";
+    jmp_buf home;
+    const void *home_stack = nullptr;
+    size_t home_size = 0;
+};
+
+static thread_local Worker *worker;
+
+[[noreturn]] static inline void stop(const char *what) {
+    fprintf(stderr, "CUDA on the CPU: %s: block (%u,%u,%u), thread %u of %s\n", what, worker->block_idx.x, worker->block_idx.y, worker->block_idx.z,
+            worker->current >= 0 ? worker->threads[worker->current].idx.x : 0, worker->name);
+    fflush(NULL);
+    _exit(99);
+}
+
+static inline Thread &self() { return worker->threads[worker->current]; }
+
+// Switching fibers, and what AddressSanitizer must know of it.
+static inline void enter(int to, void **save) {
+    Worker *w = worker;
+    Fiber *f = w->fibers[to];
+    w->fiber = to;
+    w->current = f->thread;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(save, f->stack, STACK);
+#else
+    (void)save;
+#endif
+    if (f->entered) _longjmp(f->at, 1);
+    f->entered = true;
+    setcontext(&f->context);
+    abort();
+}
+
+static inline void arrived(void *fake) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+    (void)fake;
+#endif
+}
+
+static void fiber_main();
+
+static inline int new_fiber() {
+    Worker *w = worker;
+    if (!w->idle.empty()) {
+        const int f = w->idle.back();
+        w->idle.pop_back();
+        return f;
+    }
+    Fiber *f = new Fiber();
+    f->stack = (char *)malloc(STACK);
+    f->entered = false;
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack;
+    f->context.uc_stack.ss_size = STACK;
+    f->context.uc_link = nullptr;
+    makecontext(&f->context, fiber_main, 0);
+    w->fibers.push_back(f);
+    return (int)w->fibers.size() - 1;
+}
+
+static inline int order(int i) {
+    static const bool reverse = getenv("EMU_REVERSE") && atoi(getenv("EMU_REVERSE"));
+    return reverse ? worker->count - 1 - i : i;
+}
+
+// Gives a fiber the next thread of the block to start.
+static inline void start_thread(int fiber) {
+    Worker *w = worker;
+    const int t = order(w->next++);
+    w->fibers[fiber]->thread = t;
+    w->threads[t].fiber = fiber;
+    w->threads[t].started = true;
+    w->current = t;
+    w->waits = 0;
+}
+
+// The fiber to run when this one waits or ends: a new thread's, else the next that is not done; -1: all are done.
+static inline int next_fiber() {
+    Worker *w = worker;
+    if (w->next < w->count) {
+        const int f = new_fiber();
+        const int keep = w->current;
+        start_thread(f);
+        w->current = keep;
+        return f;
+    }
+    for (int i = 1; i <= w->count; i++) {
+        const Thread &t = w->threads[(w->current + i) % w->count];
+        if (t.started && !t.done) return t.fiber;
+    }
+    return -1;
+}
+
+static inline void yield() {
+    Worker *w = worker;
+    if (++w->waits > 8 * (int64_t)w->count + 64) stop("threads wait for each other at different places");
+    const int to = next_fiber();
+    Fiber *f = w->fibers[w->fiber];
+    if (to == w->fiber) return;
+    if (_setjmp(f->at) == 0) enter(to, &f->fake_stack);
+    arrived(f->fake_stack);
+}
+
+static inline void release_if_complete(Barrier &b, int expected) {
+    if (b.arrived == 0 || b.arrived < expected) return;
+    b.arrived = 0;
+    b.generation++;
+    worker->waits = 0;
+}
+
+static inline void wait(Barrier &b, int expected) {
+    const unsigned generation = b.generation;
+    b.arrived++;
+    release_if_complete(b, expected);
+    while (b.generation == generation) yield();
+}
+
+static inline int lane_of(int thread) { return thread % WARP; }
+static inline unsigned alive_lanes(int warp) {
+    unsigned mask = 0;
+    for (int i = 0; i < WARP && warp * WARP + i < worker->count; i++)
+        if (!worker->threads[warp * WARP + i].done) mask |= 1u << i;
+    return mask;
+}
+
+static inline Warp &join(unsigned mask) {
+    Worker *w = worker;
+    const int warp = w->current / WARP;
+    const unsigned there = w->count - warp * WARP >= WARP ? ~0u : (1u << (w->count - warp * WARP)) - 1;
+    if (!(mask >> lane_of(w->current) & 1)) stop("a lane joins an exchange whose mask does not name it");
+    if (mask & ~alive_lanes(warp) & there) stop("a mask names a lane that has exited");
+    return w->warps[warp];
+}
+
+static inline void sync_warp(unsigned mask) {
+    Warp &warp = join(mask);
+    const int here = worker->count - worker->current / WARP * WARP;
+    wait(warp.barrier, __builtin_popcount(here >= WARP ? mask : mask & ((1u << here) - 1)));
+}
+
+// Every lane of the mask lays down up to 32 bytes and sees those of the others.
+static inline uint64_t (*exchange(unsigned mask, const void *mine, size_t bytes))[4] {
+    Warp &warp = join(mask);
+    uint64_t(*slot)[4] = warp.slot[self().exchanges++ % 2];
+    memcpy(slot[lane_of(worker->current)], mine, bytes);
+    sync_warp(mask);
+    return slot;
+}
+
+static void fiber_main() {
+    arrived(nullptr);
+    Worker *w = worker;
+    for (;;) {
+        w->body();
+        Thread &t = self();
+        t.done = true;
+        t.copies.clear();
+        w->live--;
+        w->waits = 0;
+        release_if_complete(w->block, w->live);     // threads that have ended count as arrived
+        const int me = w->fiber;
+        if (w->next < w->count) {
+            start_thread(me);
+            continue;
+        }
+        const int to = next_fiber();
+        Fiber *f = w->fibers[me];
+        w->idle.push_back(me);
+        if (_setjmp(f->at) == 0) {
+            if (to >= 0) enter(to, &f->fake_stack);
+#if defined(__SANITIZE_ADDRESS__)
+            __sanitizer_start_switch_fiber(&f->fake_stack, w->home_stack, w->home_size);
+#endif
+            _longjmp(w->home, 1);
+        }
+        arrived(f->fake_stack);
+    }
+}
+
+static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared, const std::function<void()> &body, const char *name) {
+    if (!worker) worker = new Worker();
+    Worker *w = worker;
+    w->count = w->live = (int)(threads.x * threads.y * threads.z);
+    w->next = 0;
+    w->waits = 0;
+    w->block = Barrier();
+    w->block_idx = block;
+    w->block_dim = threads;
+    w->grid_dim = grid;
+    w->name = name;
+    w->body = body;
+    w->threads.assign((size_t)w->count, Thread());
+    for (int i = 0; i < w->count; i++)
+        w->threads[i].idx = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+    for (int i = 0; i * WARP < w->count; i++) w->warps[i].barrier = Barrier();
+    // its own allocation, so that AddressSanitizer knows its end
+    char *memory = shared ? (char *)aligned_alloc(128, (shared + 127) / 128 * 128) : nullptr;
+    if (shared) memset(memory, 0xff, (shared + 127) / 128 * 128);
+#if defined(__SANITIZE_ADDRESS__)
+    if (shared) __asan_poison_memory_region(memory + shared, (shared + 127) / 128 * 128 - shared);
+#endif
+    w->shared = memory;
+    w->shared_bytes = shared;
+    const int f = new_fiber();
+    start_thread(f);
+#if defined(__SANITIZE_ADDRESS__)
+    void *fake = nullptr;
+    if (_setjmp(w->home) == 0) enter(f, &fake);
+    __sanitizer_finish_switch_fiber(fake, &w->home_stack, &w->home_size);
+#else
+    if (_setjmp(w->home) == 0) enter(f, nullptr);
+#endif
+    w->current = -1;
+    if (w->live) stop("threads of a block are left over");
+#if defined(__SANITIZE_ADDRESS__)
+    if (shared) __asan_unpoison_memory_region(memory, (shared + 127) / 128 * 128);
+#endif
+    free(memory);
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::self().idx)
+#define blockIdx (emu::worker->block_idx)
+#define blockDim (emu::worker->block_dim)
+#define gridDim (emu::worker->grid_dim)
+static inline void *emu_shared() { return emu::worker->shared; }
+
+static inline void __syncthreads() { emu::wait(emu::worker->block, emu::worker->live); }
+static inline void __syncwarp(unsigned mask = ~0u) { emu::sync_warp(mask); }
+
+template <typename T>
+static inline T emu_from_lane(const uint64_t (*slot)[4], int lane) {
+    T x;
+    memcpy(&x, slot[lane], sizeof x);
+    return x;
+}
+template <typename T>
+static inline T __shfl_sync(unsigned mask, T x, int from, int width = 32) {
+    const int lane = emu::lane_of(emu::worker->current);
+    return emu_from_lane<T>(emu::exchange(mask, &x, sizeof x), lane / width * width + (from & (width - 1)));
+}
+template <typename T>
+static inline T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
+    const int lane = emu::lane_of(emu::worker->current), from = lane ^ bits;
+    const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
+    return from / width == lane / width ? emu_from_lane<T>(slot, from) : x;
+}
+template <typename T>
+static inline T __shfl_down_sync(unsigned mask, T x, int by, int width = 32) {
+    const int lane = emu::lane_of(emu::worker->current), from = lane + by;
+    const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
+    return from / width == lane / width ? emu_from_lane<T>(slot, from) : x;
+}
+template <typename T>
+static inline T __shfl_up_sync(unsigned mask, T x, int by, int width = 32) {
+    const int lane = emu::lane_of(emu::worker->current), from = lane - by;
+    const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
+    return from >= lane / width * width ? emu_from_lane<T>(slot, from) : x;
+}
+static inline unsigned __ballot_sync(unsigned mask, int yes) {
+    const uint64_t(*slot)[4] = emu::exchange(mask, &yes, sizeof yes);
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
+    return result;
+}
+static inline int __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
+static inline int __all_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) == mask; }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+static inline float emu_expf(float x) { return expf(x); }
+#define __expf emu_expf
+static inline float emu_logf(float x) { return logf(x); }
+#define __logf emu_logf
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+template <typename T> static inline T __ldg(const T *p) { return *p; }
+static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+static inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
+
+// ----------------------------------------------------------------------------
+// What PTX does in train_nsa.cu
+
+// cp.async: 16 bytes, of which `filled` come from memory and the rest are zero.
+static inline void emu_cp_async(void *to, const void *from, int bytes, int filled) {
+    emu::Thread &t = emu::self();
+    if (((uintptr_t)to | (filled ? (uintptr_t)from : 0)) % (unsigned)bytes) emu::stop("cp.async is misaligned");
+    if (t.copies.empty()) t.copies.emplace_back();
+    t.copies.back().push_back({to, from, bytes, filled});
+}
+static inline void emu_cp_async_commit() {
+    emu::Thread &t = emu::self();
+    if (t.copies.empty()) t.copies.emplace_back();
+    t.copies.emplace_back();
+}
+static inline void emu_cp_async_wait(int left) {    // until at most `left` committed groups are on their way
+    auto &groups = emu::self().copies;
+    while (groups.size() > 1 && (int)groups.size() - 1 > left) {
+        for (const emu::CopyAsync &c : groups.front()) {
+            memset(c.to, 0, (size_t)c.bytes);
+            if (c.filled) memcpy(c.to, c.from, (size_t)c.filled);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+// ldmatrix.x4: lane i names row i % 8 of matrix i / 8, 16 bytes; register j of a lane is of matrix j: row lane / 4, columns 2·(lane % 4) and the next.
+static inline void emu_ldmatrix_x4(unsigned r[4], const void *row, bool turned) {
+    if ((uintptr_t)row % 16) emu::stop("ldmatrix is misaligned");
+    const uint64_t(*slot)[4] = emu::exchange(~0u, &row, sizeof row);
+    const int lane = emu::lane_of(emu::worker->current);
+    for (int j = 0; j < 4; j++) {
+        unsigned short two[2];
+        for (int i = 0; i < 2; i++) {
+            const int line = turned ? lane % 4 * 2 + i : lane / 4, column = turned ? lane / 4 : lane % 4 * 2 + i;
+            two[i] = emu_from_lane<const unsigned short *>(slot, j * 8 + line)[column];
+        }
+        memcpy(&r[j], two, 4);
+    }
+    __syncwarp();       // nobody writes there before all have read
+}
+
+// mma.m16n8k16, bf16 into f32: d (16,8) += a (16,16) · b (16,8)
+static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
+    struct { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const uint64_t(*slot)[4] = emu::exchange(~0u, &mine, sizeof mine);
+    const int lane = emu::lane_of(emu::worker->current), group = lane / 4, pair = lane % 4 * 2;
+    float A[2][16], B[2][16];
+    for (int q = 0; q < 4; q++) {
+        unsigned regs[6], cols[6];
+        memcpy(regs, slot[group * 4 + q], sizeof regs);
+        for (int r = 0; r < 4; r++) {
+            A[r % 2][r / 2 * 8 + q * 2] = __uint_as_float(regs[r] << 16);
+            A[r % 2][r / 2 * 8 + q * 2 + 1] = __uint_as_float(regs[r] & 0xffff0000u);
+        }
+        for (int n = 0; n < 2; n++) {
+            memcpy(cols, slot[(pair + n) * 4 + q], sizeof cols);
+            for (int r = 0; r < 2; r++) {
+                B[n][r * 8 + q * 2] = __uint_as_float(cols[4 + r] << 16);
+                B[n][r * 8 + q * 2 + 1] = __uint_as_float(cols[4 + r] & 0xffff0000u);
+            }
+        }
+    }
+    for (int m = 0; m < 2; m++)
+        for (int n = 0; n < 2; n++) {
+            float sum = 0;
+            for (int k = 0; k < 16; k++) sum += A[m][k] * B[n][k];
+            d[m * 2 + n] += sum;
+        }
+}
+
+// ----------------------------------------------------------------------------
+// The runtime: one stream in the order of the calls, and graphs that record it
+
+typedef int cudaError_t;
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
+typedef struct emu_stream *cudaStream_t;
+typedef std::vector<std::function<void()>> emu_recording;
+typedef emu_recording *cudaGraph_t;
+typedef emu_recording *cudaGraphExec_t;
+typedef double *cudaEvent_t;
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum { cudaStreamNonBlocking = 1, cudaStreamDefault = 0 };
+
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
+    int l2CacheSize;
+};
+
+inline emu_recording *emu_captured = nullptr;
+
+static inline void emu_do(std::function<void()> work) {
+    if (emu_captured) emu_captured->push_back(work);
+    else work();
+}
+
+static inline cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return 0; }
+static inline cudaError_t cudaSetDevice(int) { return 0; }
+static inline cudaError_t cudaGetDevice(int *d) { *d = 0; return 0; }
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "CUDA on the CPU");
+    p->major = 9;
+    p->multiProcessorCount = 4;
+    p->sharedMemPerBlockOptin = 227 << 10;
+    p->totalGlobalMem = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGE_SIZE);
+    return 0;
+}
+static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    *total = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGE_SIZE);
+    *free_bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGE_SIZE);
+    return 0;
+}
+static inline const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : "error"; }
+static inline cudaError_t cudaGetLastError() { return 0; }
+static inline cudaError_t cudaPeekAtLastError() { return 0; }
+static inline cudaError_t cudaDeviceSynchronize() { return 0; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
+static inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = nullptr; return 0; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return 0; }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return 0; }
+template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
+    *p = (T *)aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (*p) memset((void *)*p, 0xff, (bytes + 255) / 256 * 256);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+template <typename T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMalloc(p, bytes); }
+static inline cudaError_t cudaFree(void *p) { free(p); return 0; }
+static inline cudaError_t cudaFreeHost(void *p) { free(p); return 0; }
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t = nullptr) {
+    emu_do([=] { memmove(to, from, n); });
+    return 0;
+}
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind k) { return cudaMemcpyAsync(to, from, n, k); }
+static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_row, const void *from, size_t from_row, size_t width, size_t rows, cudaMemcpyKind, cudaStream_t = nullptr) {
+    emu_do([=] { for (size_t i = 0; i < rows; i++) memmove((char *)to + i * to_row, (const char *)from + i * from_row, width); });
+    return 0;
+}
+static inline cudaError_t cudaMemcpy2D(void *to, size_t to_row, const void *from, size_t from_row, size_t width, size_t rows, cudaMemcpyKind k) {
+    return cudaMemcpy2DAsync(to, to_row, from, from_row, width, rows, k);
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t = nullptr) {
+    emu_do([=] { memset(p, byte, n); });
+    return 0;
+}
+static inline cudaError_t cudaMemset(void *p, int byte, size_t n) { return cudaMemsetAsync(p, byte, n); }
+static inline cudaError_t cudaFuncSetAttribute(const void *, int, int value) { return value > (227 << 10); }
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { emu_captured = new emu_recording(); return 0; }
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) { *g = emu_captured; emu_captured = nullptr; return 0; }
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long = 0) { *e = new emu_recording(*g); return 0; }
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) { for (auto &work : *e) emu_do(work); return 0; }
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return 0; }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return 0; }
+static inline double emu_seconds() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new double(0); return 0; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { *e = emu_seconds(); return 0; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return 0; }
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = (float)(1e3 * (*b - *a)); return 0; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return 0; }
+
+// kernel<<<grid, block, shared, stream>>>(arguments), as translate.sed writes it
+template <typename Call>
+struct emu_launcher {
+    Call call;
+    const char *name;
+    dim3 grid, block;
+    size_t shared;
+    template <typename... Args> void operator()(Args... args) const {
+        const emu_launcher me = *this;
+        const size_t threads = (size_t)block.x * block.y * block.z;
+        if (!grid.x || !grid.y || !grid.z || !threads || threads > emu::MAX_THREADS || grid.y > 65535 || grid.z > 65535 || shared > (227u << 10)) {
+            fprintf(stderr, "CUDA on the CPU: %s<<<(%u,%u,%u), (%u,%u,%u), %zu>>> cannot be launched\n", name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+            exit(99);
+        }
+        emu_do([=] {
+            const int64_t blocks = (int64_t)me.grid.x * me.grid.y * me.grid.z;
+            const std::function<void()> body = [=] { me.call(args...); };
+            #pragma omp parallel for schedule(dynamic) if (blocks > 1)
+            for (int64_t i = 0; i < blocks; i++)
+                emu::run_block({(unsigned)(i % me.grid.x), (unsigned)(i / me.grid.x % me.grid.y), (unsigned)(i / me.grid.x / me.grid.y)}, me.grid, me.block, me.shared, body, me.name);
+        });
+    }
+};
+template <typename Call>
+static inline emu_launcher<Call> emu_launch(Call call, const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr) {
+    return {call, name, grid, block, shared};
+}
