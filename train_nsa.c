@@ -5400,7 +5400,7 @@ int model_bad_layer(const Model *m, int64_t n) {
 
 #ifdef NSA_GPU
 int64_t device_memory(void);
-void device_describe(Text *out);
+void device_describe(const Config *c, Text *out);
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table);
 void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train);
 void device_store(Model *m);        // weights and AdamW's state, to the device
@@ -5425,7 +5425,8 @@ void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, d
 #define device_adamw model_adamw
 static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
 static inline void device_fetch(Model *m) { (void)m; }
-static inline void device_describe(Text *out) {
+static inline void device_describe(const Config *c, Text *out) {
+    (void)c;
     text_add(out, "%d thread%s, %s", thread_count(), thread_count() > 1 ? "s" : "", sizeof(real) == 4 ? "f32" : "f64");
 }
 #endif
@@ -6345,7 +6346,7 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
     }
     printf("memory     %s, counted before it is taken\n%s", human_bytes((double)run->memory), memory->data);
     Text machine = {NULL, 0, 0};
-    device_describe(&machine);
+    device_describe(&run->config, &machine);
     printf("machine    %s%s\n", machine.data, o->zero ? "; -z 1 has nothing to shard: one process" : "");
     free(machine.data);
     if (run->out) printf("output     %s\n", run->out);

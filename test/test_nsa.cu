@@ -108,6 +108,11 @@ static void pair_free(Pair *p) {
     free(p->targets);
 }
 
+// Where the GPU keeps what a layer chose.
+static const int *block_idx_of(const Model *m, int layer) {
+    return is_bf16(&m->config) ? net<bf16>.acts[layer].block_idx : net<float>.acts[layer].block_idx;
+}
+
 static int64_t idx_count(const Case *x, const Config *c) { return x->B * x->T * c->num_key_value_heads * c->sel_blocks; }
 
 static int64_t choices, other_choices;      // of all cases: what the GPU by itself chose as the CPU did not
@@ -130,7 +135,7 @@ static void test_case(const Case *x) {
         const int64_t count = idx_count(x, c);
         if (x->recompute < 2) {
             int *own = (int *)xmalloc((size_t)count * sizeof(int));
-            to_host(own, p.gpu.twin->acts[l].block_idx, count * (int64_t)sizeof(int));
+            to_host(own, block_idx_of(&p.gpu, l), count * (int64_t)sizeof(int));
             choices += count;
             for (int64_t i = 0; i < count; i++) other_choices += own[i] != p.cpu.acts[l].block_idx[i];
             free(own);
