@@ -1177,7 +1177,7 @@ static void gpu_swiglu_backward(F *gate_up, F *h, const F *dh, int64_t n, int64_
 // ----------------------------------------------------------------------------
 // Mixture of experts
 
-__global__ void moe_route_kernel(Routing r, MoeShape s) {
+__global__ void moe_route_kernel(Routing r, MoeShape s, const int *given) {
     const int64_t i = global_thread();
     if (i >= s.N) return;
     float *p = r.probs + i * s.E, top = p[0], sum = 0, chosen = 0;
@@ -1193,8 +1193,8 @@ __global__ void moe_route_kernel(Routing r, MoeShape s) {
             for (int x = 0; x < j; x++) taken |= c[x] == e;
             if (!taken && (best < 0 || p[e] > p[best])) best = e;
         }
-        c[j] = best;
-        chosen += p[best];
+        c[j] = given ? given[i * s.k + j] : best;
+        chosen += p[c[j]];
     }
     for (int j = 0; j < s.k; j++) r.weight[i * s.k + j] = s.k == 1 ? p[c[j]] : p[c[j]] / chosen;
 }
@@ -1222,9 +1222,10 @@ static void moe_lists(int *rows, int64_t *start, int64_t *load, const int *choic
     LAUNCHED();
 }
 
-// count (E), kept and rows (N·k): working memory that a capacity needs
-static void gpu_moe_route(const Routing *r, const MoeShape *s, int64_t *count, int *kept, int *rows) {
-    moe_route_kernel<<<grid(s->N, THREADS), THREADS>>>(*r, *s);
+// given: the experts (N,k) to take instead of the most probable ones, or NULL. count (E), kept and rows (N·k): working memory
+// that a capacity needs
+static void gpu_moe_route(const Routing *r, const MoeShape *s, const int *given, int64_t *count, int *kept, int *rows) {
+    moe_route_kernel<<<grid(s->N, THREADS), THREADS>>>(*r, *s, given);
     LAUNCHED();
     moe_lists(r->row_token, r->start, r->load, r->choice, s);
     if (s->capacity <= 0) return;
@@ -1442,11 +1443,11 @@ struct Net {
 };
 template <typename F> static Net<F> net;        // one model at a time
 
-// The tests hand the CPU's choice of blocks over, (L) arrays of (B,T,KV,n) in the GPU's memory, so that a tie that falls the
-// other way does not look like an error.
-static int **given_block_idx;
+// The tests hand the CPU's choices over, of blocks (L) arrays of (B,T,KV,n) and of experts (L) arrays of (N,k) in the GPU's
+// memory, so that a tie that falls the other way does not look like an error.
+static int **given_block_idx, **given_experts;
 
-static int is_bf16(const Config *c) { return c->torch_dtype != 0; }
+static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
 
 // Rows of the wide projection's result, long enough for loads of 16 bytes; columns past wide_row's size are not used.
 static WideRow gpu_wide_row(const Config *c, int layer) {
@@ -1693,8 +1694,6 @@ void device_describe(const Config *c, Text *out) {
 // Weights in bf16. To the nearest, or stochastically (--stochastic-rounding): up or down with the chance that makes the mean right.
 // The chance is a hash of the number itself and its place, so that a run that is resumed rounds as it did before.
 
-static int stochastic_rounding;
-
 __device__ static inline bf16 round_weight(float x, int64_t place, int stochastic) {
     if (!stochastic || !isfinite(x)) return __float2bfloat16_rn(x);
     uint32_t bits = __float_as_uint(x), h = bits ^ (uint32_t)place * 0x9e3779b9u;
@@ -1712,7 +1711,7 @@ void device_store(Model *m) {
     const int64_t n = m->num_elements, bytes = n * (int64_t)sizeof(float);
     to_device(m->twin->weights, m->weights, bytes);
     if (is_bf16(&m->config)) {
-        round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, stochastic_rounding);
+        round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, m->stochastic_rounding);
         LAUNCHED();
     }
     if (!m->twin->train) return;
@@ -1842,7 +1841,7 @@ static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInf
     if (!layer_is_moe(c, layer)) return;
     const MoeShape moe = moe_shape(c, N, info);
     gpu_linear_forward(a->routing.probs, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E);
-    gpu_moe_route(&a->routing, &moe, s->count, s->kept, s->shares);
+    gpu_moe_route(&a->routing, &moe, given_experts ? given_experts[layer] : NULL, s->count, s->kept, s->shares);
 }
 
 // work.norm: from the norm of mid to that of out, which is the next layer's input or the head's.
@@ -1910,9 +1909,9 @@ static void gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T
     }
 }
 
-// The mean cross entropy, and with `info` the gradients of the head and of its input, which becomes work.dx.
+// The cross entropy of each token in work.loss, and with `info` the gradients of the head and of its input, which becomes work.dx.
 template <typename F>
-static double gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInfo *info) {
+static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInfo *info) {
     const Config *c = &g->config;
     GpuScratch<F> *s = &net<F>.work;
     const int64_t C = c->hidden_size, V = c->vocab_size, rows = gpu_logit_rows(c, N), ld = logit_row(c);
@@ -1930,8 +1929,12 @@ static double gpu_head_loss(Model *g, const int *targets, int64_t N, const StepI
         device_zero(s->dx, N * C * (int64_t)sizeof(F));
         gpu_rmsnorm_backward<F>(s->dx, g->grads + (g->norm - g->weights), s->dnorm, net<F>.acts[c->num_hidden_layers - 1].out, g->final_rstd, g->norm, N, C, s->parts);
     }
+}
+
+// Waits for everything asked of the GPU so far.
+static double mean_loss(const float *losses, int64_t N) {
     float *loss = (float *)xmalloc((size_t)N * sizeof(float));
-    to_host(loss, s->loss, N * (int64_t)sizeof(float));
+    to_host(loss, losses, N * (int64_t)sizeof(float));
     double total = 0;
     for (int64_t i = 0; i < N; i++) total += (double)loss[i];
     free(loss);
@@ -1941,7 +1944,8 @@ static double gpu_head_loss(Model *g, const int *targets, int64_t N, const StepI
 template <typename F>
 static double gpu_evaluate(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T) {
     gpu_layers_forward<F>(m, tokens, B, T, NULL);
-    return gpu_head_loss<F>(m->twin, targets, B * T, NULL);
+    gpu_head_loss<F>(m->twin, targets, B * T, NULL);
+    return mean_loss(net<F>.work.loss, B * T);
 }
 
 double device_evaluate(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T) {
@@ -2126,7 +2130,7 @@ static double gpu_forward_backward(Model *m, const int *tokens, const int *targe
     GpuScratch<F> *s = &net<F>.work;
     const int64_t N = B * T;
     gpu_layers_forward<F>(m, tokens, B, T, info);
-    const double loss = gpu_head_loss<F>(g, targets, N, info);
+    gpu_head_loss<F>(g, targets, N, info);
     for (int l = g->config.num_hidden_layers - 1; l >= 0; l--) {
         gpu_layer_again<F>(g, l, B, T, info);
         gpu_ffn_layer_backward<F>(g, l, B, T, info);
@@ -2134,7 +2138,7 @@ static double gpu_forward_backward(Model *m, const int *tokens, const int *targe
     }
     dropout_backward(s->dx, s->dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));      // in place
     gpu_embed_backward<F>(g, tokens, N);
-    return loss;
+    return mean_loss(s->loss, N);
 }
 
 double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info) {
@@ -2208,7 +2212,7 @@ __global__ void adamw_kernel(float *w, bf16 *copy, float *am, float *av, const f
 
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const Model *g = m->twin;
-    AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0, stochastic_rounding};
+    AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0, m->stochastic_rounding};
     for (int i = 0; i < m->num_params; i++) {
         const Param *p = &m->params[i];
         bf16 *copy = is_bf16(&m->config) ? net<bf16>.weights + p->offset : NULL;
