@@ -260,6 +260,8 @@ static void test_cases(int bf16) {
     x.recompute = 0;
     CASE("one key head", d.num_key_value_heads = 1);
     CASE("every head its own keys", d.num_key_value_heads = 4);
+    CASE("heads of 64", d.head_dim = 64);
+    CASE("heads of 128, group of 8", { d.head_dim = 128; d.num_attention_heads = 8; d.num_key_value_heads = 1; });
     CASE("heads 64, values 128", { d.head_dim = 64; d.v_head_dim = 128; });
     CASE("heads 192, values 128", { d.head_dim = 192; d.v_head_dim = 128; });
     CASE("odd sizes", { d.hidden_size = 37; d.head_dim = 10; d.v_head_dim = 7; d.intermediate_size = 53; d.vocab_size = 131; });
@@ -283,7 +285,8 @@ static void test_cases(int bf16) {
     CASE("moe", { d.num_experts = 5; d.num_experts_per_tok = 2; d.num_shared_experts = 1; });
     CASE("moe, 1 of 4, not shared", { d.num_experts = 4; d.num_experts_per_tok = 1; });
     CASE("moe, dense first layer", { d.num_experts = 6; d.num_experts_per_tok = 3; d.num_shared_experts = 2; d.first_dense_layers = 1; x.dropout = 0.2; });
-    CASE("moe, capacity 0.7", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 0.7; });
+    if (!bf16)      // which of two nearly equal shares is dropped hangs on the rounding
+        CASE("moe, capacity 0.7", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 0.7; });
     CASE("moe, capacity, recompute", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 1; x.recompute = 2; });
     x.recompute = 0;
 #undef CASE
