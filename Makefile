@@ -144,10 +144,10 @@ NVCC_ALL = -std=c++17 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP)
 
 train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # the GPU against the CPU
 test-gpu: train_nsa train_nsacu build/test_nsa_cu
