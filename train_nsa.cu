@@ -633,9 +633,9 @@ __device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
 }
 
 template <typename F>
-__global__ void embed_kernel(F *out, const int *tokens, const F *embed, int64_t n, int64_t c, Dropout d) {
-    const int64_t i = global_thread();
-    if (i < n * c) out[i] = (F)((float)embed[tokens[i / c] * c + i % c] * dropout_factor(&d, i));
+__global__ void embed_kernel(F *out, const int *tokens, const F *embed, int64_t c, Dropout d) {
+    const F *row = embed + tokens[blockIdx.x] * c;
+    for (int64_t j = threadIdx.x, i = blockIdx.x * c + j; j < c; j += blockDim.x, i += blockDim.x) out[i] = (F)((float)row[j] * dropout_factor(&d, i));
 }
 
 template <typename F>
@@ -804,10 +804,10 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 // `to` is F or, with another layout, what an f32 gradient becomes: from (n,heads,d) contiguous if `from` is given, else in place.
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
-    const int64_t half = d / 2, item = global_thread() * N;
-    if (item >= n * heads.count * half) return;
-    const int64_t j = item % half, i = item / half / heads.count;
-    const int h = (int)(item / half % heads.count);
+    const int half = d / 2, row = heads.count * half;
+    const int64_t item = global_thread() * N, i = item / row;
+    if (i >= n) return;
+    const int h = (int)(item - i * row) / half, j = (int)(item - i * row) % half;
     const float *angles = table + (i % period) * step * d + j;
     F *a = x + i * x_row + head_place(&heads, h, d) + j, *b = a + half;
     Pack<F, N> first, second;
@@ -1158,31 +1158,35 @@ DEVICE static inline Place compress_place(const CompressShape *s, int64_t nc, in
     return place;
 }
 
-// What the kernels below share: item = ((set·rows + r)·l + j)·D + c, or without j.
+// What the kernels below share: the rows of all sets one behind the other.
 typedef struct CompressCall { CompressShape s; int64_t nc, sets, rows; } CompressCall;
 static CompressCall compress_call(const CompressShape *s) {
     const int64_t nc = compress_blocks(s), sets = compress_sets(s);
     CompressCall call = {*s, nc, sets, s->B * nc * s->KV / sets};
     return call;
 }
+__device__ static inline Place place_of(const CompressCall *a, int64_t row) { return compress_place(&a->s, a->nc, a->sets, row / a->rows, row % a->rows); }
 
+// flat (sets·rows, l·D), a block of threads a row
 template <typename F>
 __global__ void compress_flatten_kernel(F *flat, const F *x, const float *pos, CompressCall a) {
-    const int64_t item = global_thread(), D = a.s.D, l = a.s.block;
-    if (item >= a.sets * a.rows * l * D) return;
-    const int64_t c = item % D, j = item / D % l, r = item / D / l;
-    flat[item] = (F)((float)x[compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows).x + j * a.s.x_row + c] + (pos ? pos[j * D + c] : 0));
+    const int D = a.s.D, size = (int)a.s.block * D;
+    const F *from = x + place_of(&a, blockIdx.x).x;
+    for (int i = threadIdx.x; i < size; i += blockDim.x)
+        flat[blockIdx.x * (int64_t)size + i] = (F)((float)from[i / D * a.s.x_row + i % D] + (pos ? pos[i] : 0));
 }
 
+// A warp a row.
 template <typename F>
 __global__ void compress_mean_kernel(F *out, const F *x, CompressCall a) {
-    const int64_t item = global_thread(), D = a.s.D;
-    if (item >= a.sets * a.rows * D) return;
-    const int64_t c = item % D, r = item / D;
-    const Place place = compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows);
-    float sum = 0;
-    for (int64_t j = 0; j < a.s.block; j++) sum += (float)x[place.x + j * a.s.x_row + c] / (float)a.s.block;
-    out[place.out * D + c] = (F)sum;
+    const int64_t row = global_warp();
+    if (row >= a.sets * a.rows) return;
+    const Place place = place_of(&a, row);
+    for (int c = lane(); c < a.s.D; c += WARP) {
+        float sum = 0;
+        for (int64_t j = 0; j < a.s.block; j++) sum += (float)x[place.x + j * a.s.x_row + c] / (float)a.s.block;
+        out[place.out * a.s.D + c] = (F)sum;
+    }
 }
 
 // x (sets, rows, width) += bias (sets, width)
@@ -1204,28 +1208,34 @@ __global__ void gelu_backward_kernel(F *dx, const F *x, int64_t n) {
     if (i < n) dx[i] = (F)((float)dx[i] * gelu_slope((float)x[i]));
 }
 
-// Rows (sets, rows, D) to their places in out (B,Nc,KV,D), or back from there.
+// Rows (sets, rows, D) to their places in out (B,Nc,KV,D), or back from there; a warp a row.
 template <typename F>
 __global__ void compress_place_kernel(F *out, F *rows, CompressCall a, int back) {
-    const int64_t item = global_thread(), D = a.s.D;
-    if (item >= a.sets * a.rows * D) return;
-    const int64_t r = item / D, to = compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows).out * D + item % D;
-    if (back) rows[item] = out[to];
-    else out[to] = rows[item];
+    const int64_t row = global_warp(), D = a.s.D;
+    if (row >= a.sets * a.rows) return;
+    const int64_t to = place_of(&a, row).out;
+    for (int64_t c = lane(); c < D; c += WARP) {
+        if (back) rows[row * D + c] = out[to * D + c];
+        else out[to * D + c] = rows[row * D + c];
+    }
 }
 
-// dx: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D).
+// dx: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D). A warp
+// a token and head.
 template <typename F>
 __global__ void compress_gather_kernel(F *dx, const F *dflat, const F *dout, CompressCall a) {
-    const int64_t item = global_thread(), D = a.s.D, KV = a.s.KV, T = a.s.T, l = a.s.block, d = a.s.stride;
-    if (item >= a.s.B * T * KV * D) return;
-    const int64_t c = item % D, kv = item / D % KV, t = item / D / KV % T, b = item / D / KV / T;
-    float sum = 0;
-    for (int64_t i = t < l ? 0 : (t - l) / d + 1; i < a.nc && i * d <= t; i++) {
-        const int64_t heads = KV / a.sets, set = kv / heads, r = (b * a.nc + i) * heads + kv % heads;
-        sum += dflat ? (float)dflat[((set * a.rows + r) * l + t - i * d) * D + c] : (float)dout[((b * a.nc + i) * KV + kv) * D + c] / (float)l;
+    const int64_t item = global_warp(), D = a.s.D, KV = a.s.KV, T = a.s.T, l = a.s.block, d = a.s.stride;
+    if (item >= a.s.B * T * KV) return;
+    const int64_t kv = item % KV, t = item / KV % T, b = item / KV / T, heads = KV / a.sets, set = kv / heads;
+    const int64_t first = t < l ? 0 : (t - l) / d + 1, last = min64(t / d + 1, a.nc);
+    for (int64_t c = lane(); c < D; c += WARP) {
+        float sum = 0;
+        for (int64_t i = first; i < last; i++) {
+            const int64_t r = (b * a.nc + i) * heads + kv % heads;
+            sum += dflat ? (float)dflat[((set * a.rows + r) * l + t - i * d) * D + c] : (float)dout[((b * a.nc + i) * KV + kv) * D + c] / (float)l;
+        }
+        dx[(b * T + t) * a.s.x_row + kv * D + c] = (F)sum;
     }
-    dx[(b * T + t) * a.s.x_row + kv * D + c] = (F)sum;
 }
 
 // Numbers of working memory: flat, two hidden layers, the result.
@@ -1243,12 +1253,12 @@ static void gpu_compress_forward(F *out, F *hidden, const F *x, const CompressWe
     const int64_t D = s->D, LD = s->block * D, W = compress_hidden(s->kind, s->D), sets = a.sets, rows = a.rows, all = sets * rows;
     if (all == 0) return;
     if (s->kind == COMPRESS_AVGPOOL) {
-        compress_mean_kernel<<<grid(all * D, THREADS), THREADS>>>(out, x, a);
+        compress_mean_kernel<<<grid(all, WARPS), THREADS>>>(out, x, a);
         LAUNCHED();
         return;
     }
     F *flat = scratch, *h = flat + all * LD, *y = h + 2 * all * W;
-    compress_flatten_kernel<<<grid(all * LD, THREADS), THREADS>>>(flat, x, w->pos, a);
+    compress_flatten_kernel<<<grid(all, 1), THREADS>>>(flat, x, w->pos, a);
     LAUNCHED();
     if (s->kind == COMPRESS_CONV1D) {
         gemm(rows, D, LD, flat, LD, 0, m->conv, LD, 1, y, D, 0, sets, rows * LD, D * LD, rows * D);
@@ -1260,7 +1270,7 @@ static void gpu_compress_forward(F *out, F *hidden, const F *x, const CompressWe
         gemm(rows, D, W, h, W, 0, m->fc2, W, 1, y, D, 0, sets, rows * W, D * W, rows * D);
     }
     add_bias_kernel<<<grid(all * D, THREADS), THREADS>>>(y, s->kind == COMPRESS_CONV1D ? w->conv_bias : w->fc2_bias, sets, rows, D);
-    compress_place_kernel<<<grid(all * D, THREADS), THREADS>>>(out, y, a, 0);
+    compress_place_kernel<<<grid(all, WARPS), THREADS>>>(out, y, a, 0);
     LAUNCHED();
 }
 
@@ -1273,8 +1283,8 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
     const int weights = compress_has_weights(s->kind) && all > 0;
     F *flat = scratch, *h = flat + all * LD, *dh = h + all * W, *dy = dh + all * W;
     if (weights) {
-        compress_place_kernel<<<grid(all * D, THREADS), THREADS>>>(dout, dy, a, 1);
-        compress_flatten_kernel<<<grid(all * LD, THREADS), THREADS>>>(flat, x, w->pos, a);
+        compress_place_kernel<<<grid(all, WARPS), THREADS>>>(dout, dy, a, 1);
+        compress_flatten_kernel<<<grid(all, 1), THREADS>>>(flat, x, w->pos, a);
         LAUNCHED();
         float *bias = s->kind == COMPRESS_CONV1D ? dw->conv_bias : dw->fc2_bias;
         for (int64_t set = 0; set < sets; set++) column_sums(bias + set * D, rows, D, Plain<F>{dy + set * rows * D, D}, parts);
@@ -1295,7 +1305,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
         gemm(rows, LD, W, dh, W, 0, m->fc1, LD, 0, flat, LD, 0, sets, rows * W, W * LD, rows * LD);
         column_sums(dw->pos, all, LD, Plain<F>{flat, LD}, parts);
     }
-    compress_gather_kernel<<<grid(s->B * s->T * s->KV * D, THREADS), THREADS>>>(dx, compress_has_weights(s->kind) ? (const F *)flat : nullptr, (const F *)dout, a);
+    compress_gather_kernel<<<grid(s->B * s->T * s->KV, WARPS), THREADS>>>(dx, compress_has_weights(s->kind) ? (const F *)flat : nullptr, (const F *)dout, a);
     LAUNCHED();
 }
 
@@ -1415,12 +1425,28 @@ __global__ void gates_forward_kernel(float *gates, const F *logits, int64_t logi
 
 template <typename F> struct Branches { const F *of[BRANCHES]; };
 
-template <typename F>
+template <typename F, int N>
 __global__ void branches_sum_kernel(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
-    const int64_t item = global_thread();
+    const int64_t item = global_thread() * N;
     if (item >= nh * dv) return;
     const float *g = gates + item / dv * BRANCHES;
-    out[item] = (F)(g[CMP] * (float)branch.of[CMP][item] + g[SLC] * (float)branch.of[SLC][item] + g[WIN] * (float)branch.of[WIN][item]);
+    float sum[N] = {0};
+    for (int b = 0; b < BRANCHES; b++) {
+        const Pack<F, N> x = load<N>(branch.of[b] + item);
+        for (int v = 0; v < N; v++) sum[v] += g[b] * (float)x.of[v];
+    }
+    Pack<F, N> y;
+    for (int v = 0; v < N; v++) y.of[v] = (F)sum[v];
+    store<N>(out + item, y);
+}
+
+// out (N,H,Dv) = Σ_branches gate·branch (eq. 5)
+template <typename F>
+static void gpu_branches_sum(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(dv)) branches_sum_kernel<F, N><<<grid(nh * dv / N, THREADS), THREADS>>>(out, branch, gates, nh, dv);
+    else branches_sum_kernel<F, 1><<<grid(nh * dv, THREADS), THREADS>>>(out, branch, gates, nh, dv);
+    LAUNCHED();
 }
 
 // dlogits (N,H,3) = <dout, branch>·g·(1-g), a warp a (token, head); for gate = input it goes to its place in the wide row too.
@@ -2219,8 +2245,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
         }
     }
     if (!nsa) return a->branch[0];
-    branches_sum_kernel<<<grid(N * H * c->v_head_dim, THREADS), THREADS>>>(s->attention, branches_of(a), a->gates, N * H, c->v_head_dim);
-    LAUNCHED();
+    gpu_branches_sum(s->attention, branches_of(a), a->gates, N * H, c->v_head_dim);
     return s->attention;
 }
 
@@ -2307,7 +2332,7 @@ static void gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T
     if (N > (int64_t)g->B * g->T || T > g->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, g->B, g->T);
     m->moe_z = m->moe_balance = 0;
     to_device(s->tokens, tokens, N * (int64_t)sizeof(int));
-    embed_kernel<<<grid(N * C, THREADS), THREADS>>>(a->x, s->tokens, matrix<F>(g, g->embed), N, C, dropout_at(&g->config, T, 0, info));
+    embed_kernel<<<(unsigned)N, THREADS>>>(a->x, s->tokens, matrix<F>(g, g->embed), C, dropout_at(&g->config, T, 0, info));
     LAUNCHED();
     gpu_rmsnorm_forward<F>(s->norm, a->rstd1, a->x, g->layers[0].norm1, N, C, g->config.rms_norm_eps);
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
@@ -2477,8 +2502,7 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     const int64_t N = B * T, C = c->hidden_size, wide = wide_row(c, layer).size, row = gpu_wide_row(c, layer).size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
     const F *attention = a->branch[0];
     if (!layer_is_full(c, layer)) {
-        branches_sum_kernel<<<grid(N * HDv, THREADS), THREADS>>>(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
-        LAUNCHED();
+        gpu_branches_sum(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
         attention = s->attention;
     }
     const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 1, info));
