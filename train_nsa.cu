@@ -235,8 +235,10 @@ static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2
 static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, false); }
 static inline void ldmatrix_x4_turned(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, true); }
 static inline void cp_async_16(void *to, const void *from, int filled) { emu_cp_async(to, from, 16, filled); }
+static inline void cp_async_4(void *to, const void *from, int filled) { emu_cp_async(to, from, 4, filled); }
 static inline void cp_async_commit(void) { emu_cp_async_commit(); }
 template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
+static inline float power_of_2(float x) { return exp2f(x); }
 #else
 __device__ static inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
@@ -258,8 +260,16 @@ __device__ static inline void ldmatrix_x4_turned(unsigned r[4], const void *row)
 __device__ static inline void cp_async_16(void *to, const void *from, int filled) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
 }
+__device__ static inline void cp_async_4(void *to, const void *from, int filled) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
+}
 __device__ static inline void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ static inline void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory"); }
+__device__ static inline float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 
 // ----------------------------------------------------------------------------
@@ -1136,17 +1146,6 @@ static void simple_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv
     LAUNCHED();
 }
 
-template <typename F>
-static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
-    simple_attention_forward(out, lse, q, k, v, mask, s);
-}
-
-template <typename F>
-static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
-                                   const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers) {
-    simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
-}
-
 // ----------------------------------------------------------------------------
 // Compression. Blocks become rows of one matrix for each set of weights: (sets, rows, l·D), row r a block and a head.
 
@@ -1396,13 +1395,979 @@ static void simple_select_weights(float *weights, const F *q, const F *k, const 
     LAUNCHED();
 }
 
+// ----------------------------------------------------------------------------
+// Fast attention: the same masks as attention_forward_kernel and its backward above, from bf16 with sums in f32, on tensor cores
+// (mma.sync, sm_80 and later), for (D,Dv) = (64,64), (128,128), (192,128).
+//
+// It is FlashAttention-2 (Dao 2023) with rows of work that are (query, head): row r = t·G + g of one (b, kv), so that all G heads of a
+// group meet one tile of keys. A warp owns 16 rows, the height of a matrix instruction. A team of warps shares a stream of key and value
+// tiles in shared memory: the whole block where the keys of its queries are a range, one warp where each query has blocks of its own.
+// Nothing is added by atomics and every sum has a fixed order: the same bits on every run.
+
+#define LOG2E 1.4426950408889634f
+enum { MMA_ROWS = 16, FAST_WARPS = 4, RANGE_KEYS = 64, SELECTED_KEYS = 32, SELECTED_WARPS = 2 };
+
+// 1 if the fast tier takes this shape: row sizes that 16-byte copies can follow, and positions that fit an int.
+static int fast_attention(const AttentionShape *s, const Mask *mask) {
+    const int wide = (s->D == 64 && s->Dv == 64) || (s->D == 128 && s->Dv == 128) || (s->D == 192 && s->Dv == 128);
+    const int64_t rows = s->T * (s->H / s->KV), keys = s->Tk * (mask->kind == MASK_COMPRESSED ? mask->stride : 1);
+    return wide && s->q_row % 8 == 0 && s->k_row % 8 == 0 && s->v_row % 8 == 0 && rows < INT_MAX / 2 && keys < INT_MAX / 2;
+}
+
+DEVICE static inline int min32(int a, int b) { return a < b ? a : b; }
+
+__device__ static inline unsigned two_bf16(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    unsigned u;
+    memcpy(&u, &pair, sizeof u);
+    return u;
+}
+__device__ static inline float low_of(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ static inline float high_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Four lanes share a row of a matrix instruction's result.
+__device__ static inline float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ static inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// A tile is (rows, W) in shared memory. Its chunks of 16 bytes lie mixed up within each row, so that 8 rows of the same chunk, which
+// is what ldmatrix reads at once, are in different banks.
+template <int W>
+__device__ static inline bf16 *chunk_of(bf16 *tile, int row, int chunk) { return tile + row * W + ((chunk ^ (row & 7)) << 3); }
+
+// A tile of n rows: i < count from x + i·x_row, the others zero, by threads member, member + members, ...
+template <int W>
+__device__ static inline void fetch_tile(bf16 *tile, int n, const bf16 *x, int64_t x_row, int count, int member, int members) {
+    if (members % (W / 8) == 0) {       // each thread stays in its chunk and goes down
+        const int chunk = member % (W / 8), first = member / (W / 8), step = members / (W / 8);
+        const bf16 *from = x + first * x_row + chunk * 8;
+        for (int row = first; row < n; row += step, from += step * x_row) cp_async_16(chunk_of<W>(tile, row, chunk), row < count ? from : x, row < count ? 16 : 0);
+        return;
+    }
+    for (int i = member; i < n * (W / 8); i += members) {
+        const int row = i / (W / 8), chunk = i % (W / 8), there = row < count;
+        cp_async_16(chunk_of<W>(tile, row, chunk), x + (there ? row : 0) * x_row + chunk * 8, there ? 16 : 0);
+    }
+}
+
+// d (16, 8·N) += a (16,W) · (rows first .. first+8N-1 of the tile)ᵀ
+template <int W, int N>
+__device__ static inline void times_turned(float (*d)[4], const unsigned (*a)[4], bf16 *tile, int first) {
+    #pragma unroll
+    for (int step = 0; step < W / 16; step++)
+        #pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned b[4];
+            ldmatrix_x4(b, chunk_of<W>(tile, first + n * 8 + lane() / 16 * 8 + lane() % 8, step * 2 + lane() / 8 % 2));
+            mma_16816(d[n], a[step], b);
+            mma_16816(d[n + 1], a[step], b + 2);
+        }
+}
+
+// The same with rows left .. left+15 of another tile as the left factor.
+template <int W, int N>
+__device__ static inline void tile_times_turned(float (*d)[4], bf16 *left_tile, int left, bf16 *tile, int first) {
+    #pragma unroll
+    for (int step = 0; step < W / 16; step++) {
+        unsigned a[4];
+        ldmatrix_x4(a, chunk_of<W>(left_tile, left + lane() % 16, step * 2 + lane() / 16));
+        #pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned b[4];
+            ldmatrix_x4(b, chunk_of<W>(tile, first + n * 8 + lane() / 16 * 8 + lane() % 8, step * 2 + lane() / 8 % 2));
+            mma_16816(d[n], a, b);
+            mma_16816(d[n + 1], a, b + 2);
+        }
+    }
+}
+
+// d (16,W) += a (16,16) · (rows first .. first+15 of the tile)
+template <int W>
+__device__ static inline void times_rows(float (*d)[4], const unsigned a[4], bf16 *tile, int first) {
+    #pragma unroll
+    for (int n = 0; n < W / 8; n += 2) {
+        unsigned b[4];
+        ldmatrix_x4_turned(b, chunk_of<W>(tile, first + lane() % 16, n + lane() / 16));
+        mma_16816(d[n], a, b);
+        mma_16816(d[n + 1], a, b + 2);
+    }
+}
+
+// Two neighbouring results (16,8) as a left factor (16,16): the layouts agree, nothing moves between lanes.
+__device__ static inline void as_left_factor(unsigned a[4], const float (*x)[4]) {
+    a[0] = two_bf16(x[0][0], x[0][1]);
+    a[1] = two_bf16(x[0][2], x[0][3]);
+    a[2] = two_bf16(x[1][0], x[1][1]);
+    a[3] = two_bf16(x[1][2], x[1][3]);
+}
+
+// A result (16,W), rows times low and high (8 rows below), as bf16 into rows first .. first+15 of a tile.
+template <int W>
+__device__ static inline void put_rows(bf16 *tile, int first, const float (*x)[4], float low, float high) {
+    const int row = first + lane() / 4, pair = lane() % 4 * 2;
+    #pragma unroll
+    for (int n = 0; n < W / 8; n++) {
+        *(unsigned *)(chunk_of<W>(tile, row, n) + pair) = two_bf16(x[n][0] * low, x[n][1] * low);
+        *(unsigned *)(chunk_of<W>(tile, row + 8, n) + pair) = two_bf16(x[n][2] * high, x[n][3] * high);
+    }
+}
+
+// The 16 rows of a warp: first + i of those of (b, kv), up to `last`; behind it they repeat the last row and are not written.
+typedef struct FastRows { int b, kv, first, last; } FastRows;
+__device__ static inline int row_at(const FastRows *x, int i) { return min32(x->first + i, x->last); }
+__device__ static inline int64_t token_of_row(const FastRows *x, int row, const AttentionShape *s) { return x->b * s->T + row / (s->H / s->KV); }
+__device__ static inline int head_of_row(const FastRows *x, int row, const AttentionShape *s) { return x->kv * (s->H / s->KV) + row % (s->H / s->KV); }
+__device__ static inline int64_t place_of_row(const FastRows *x, int row, const AttentionShape *s) { return token_of_row(x, row, s) * s->H + head_of_row(x, row, s); }
+
+// The two rows of a lane, at x + place(row)·row_size, as left factors of W columns.
+template <int W>
+__device__ static inline void read_left_factor(unsigned (*a)[4], const bf16 *low, const bf16 *high) {
+    #pragma unroll
+    for (int step = 0; step < W / 16; step++) {
+        const int column = step * 16 + lane() % 4 * 2;
+        a[step][0] = *(const unsigned *)(low + column);
+        a[step][1] = *(const unsigned *)(high + column);
+        a[step][2] = *(const unsigned *)(low + column + 8);
+        a[step][3] = *(const unsigned *)(high + column + 8);
+    }
+}
+
+// Work of a kernel in which a team takes 16·TEAM rows: for ranges of keys, tiles of rows of each (b, kv); for selection (TEAM = 1)
+// one query's heads, or 16 of them. Selection goes through one (b, kv) after the other, whose keys then stay in the L2 cache.
+template <int TEAM>
+DEVICE static inline int items_of_keys(const AttentionShape *s) {       // for one (b, kv)
+    const int T = (int)s->T, G = s->H / s->KV;
+    return TEAM == 1 ? T * ((G + MMA_ROWS - 1) / MMA_ROWS) : (T * G + MMA_ROWS * TEAM - 1) / (MMA_ROWS * TEAM);
+}
+template <int TEAM>
+DEVICE static inline int64_t team_items(const AttentionShape *s) { return s->B * s->KV * items_of_keys<TEAM>(s); }
+
+// The keys that a team walks through, a tile [k0, end) after the other: one stretch, or those of the blocks idx.
+typedef struct KeyWalk { const int *idx; int i, k0, end, limit; } KeyWalk;
+
+// Late queries have the most keys: they come first, so that no long work is left for the end.
+template <int TEAM, int KEYS>
+__device__ static inline void team_begin(FastRows *x, KeyWalk *walk, int item, const Mask *mask, const AttentionShape *s) {
+    const int G = s->H / s->KV, bkv = (int)s->B * s->KV, items = items_of_keys<TEAM>(s);
+    const int at = TEAM == 1 ? item / items : item % bkv, tile = items - 1 - (TEAM == 1 ? item % items : item / bkv);
+    int64_t lo, hi, unused;
+    x->b = at / s->KV;
+    x->kv = at % s->KV;
+    walk->k0 = -KEYS;
+    if (TEAM == 1) {
+        const int parts = (G + MMA_ROWS - 1) / MMA_ROWS, t = tile / parts;
+        x->first = t * G + tile % parts * MMA_ROWS;
+        x->last = t * G + G - 1;
+        walk->idx = mask->block_idx + ((x->b * s->T + t) * s->KV + x->kv) * mask->n;
+        walk->i = -1;
+        walk->end = 0;
+        walk->limit = (int)min64(t + 1, s->Tk);
+    } else {
+        const int first = tile * TEAM * MMA_ROWS;
+        x->first = first + (int)(threadIdx.x / WARP) * MMA_ROWS;
+        x->last = (int)s->T * G - 1;
+        key_range(mask, first / G, &lo, &unused);
+        key_range(mask, min32(first + TEAM * MMA_ROWS - 1, x->last) / G, &unused, &hi);
+        walk->idx = NULL;
+        walk->i = 0;
+        walk->k0 += (int)min64(lo, s->Tk);
+        walk->end = walk->limit = (int)min64(hi, s->Tk);
+    }
+}
+
+// On to the next tile; 0 behind the last.
+template <int KEYS>
+__device__ static inline int next_keys(KeyWalk *w, const Mask *mask) {
+    w->k0 += KEYS;
+    while (w->k0 >= w->end) {
+        if (!w->idx || ++w->i >= mask->n || w->idx[w->i] < 0) return 0;
+        w->k0 = w->idx[w->i] * mask->sel_block;
+        w->end = min32(w->k0 + mask->sel_block, w->limit);
+    }
+    return 1;
+}
+
+template <int TEAM>
+__device__ static inline void team_sync(void) {
+    if (TEAM == 1) __syncwarp();
+    else __syncthreads();
+}
+
+// The keys that the two rows of a lane see, and those that all rows of the warp see: tiles inside these need no mask.
+typedef struct SeenKeys { int lo[2], hi[2], all_lo, all_hi; } SeenKeys;
+template <int TEAM>
+__device__ static inline SeenKeys seen_keys(const FastRows *x, const Mask *mask, const AttentionShape *s) {
+    SeenKeys seen = {{0, 0}, {INT_MAX, INT_MAX}, 0, INT_MAX};
+    if constexpr (TEAM > 1) {       // else one query, whose tiles end where it does
+        const int G = s->H / s->KV;
+        int64_t lo, hi;
+        for (int i = 0; i < 2; i++) {
+            key_range(mask, row_at(x, lane() / 4 + i * 8) / G, &lo, &hi);
+            seen.lo[i] = (int)min64(lo, s->Tk);
+            seen.hi[i] = (int)min64(hi, s->Tk);
+        }
+        key_range(mask, row_at(x, MMA_ROWS - 1) / G, &lo, &hi);
+        seen.all_lo = (int)min64(lo, s->Tk);
+        key_range(mask, row_at(x, 0) / G, &lo, &hi);
+        seen.all_hi = (int)min64(hi, s->Tk);
+    }
+    return seen;
+}
+
+// The walk's tile of keys, and that of values behind it.
+template <int D, int DV, int TEAM>
+__device__ static inline void fetch_keys(bf16 *tile, const KeyWalk *w, const bf16 *keys, const bf16 *values, const AttentionShape *s, int member) {
+    constexpr int KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP;
+    fetch_tile<D>(tile, KEYS, keys + w->k0 * s->k_row, s->k_row, w->end - w->k0, member, MEMBERS);
+    fetch_tile<DV>(tile + KEYS * D, KEYS, values + w->k0 * s->v_row, s->v_row, w->end - w->k0, member, MEMBERS);
+}
+
+template <int D, int DV, int TEAM>
+static int64_t team_bytes(void) { return 2 * (TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS) * (D + DV) * (int64_t)sizeof(bf16); }
+
+// ----------------------------------------------------------------------------
+// Forward: out (B,T,H,DV) and lse (B,T,H)
+
+template <int D, int DV, int TEAM>
+__global__ void __launch_bounds__((TEAM == 1 ? SELECTED_WARPS : TEAM) * WARP, TEAM == 1 ? (D == 64 ? 6 : 3) : D == 64 ? 3 : 2)
+fast_forward_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, Mask mask, AttentionShape s) {
+    constexpr int KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP, STAGE = KEYS * (D + DV);
+    extern __shared__ uint4 fast_shared[];
+    const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS;
+    const int64_t item = (int64_t)blockIdx.x * (blockDim.x / MEMBERS) + team;
+    if (item >= team_items<TEAM>(&s)) return;
+    bf16 *memory = (bf16 *)fast_shared + team * 2 * STAGE;
+    FastRows rows;
+    KeyWalk walk;
+    team_begin<TEAM, KEYS>(&rows, &walk, (int)item, &mask, &s);
+    const SeenKeys seen = seen_keys<TEAM>(&rows, &mask, &s);
+    const bf16 *keys = k + (rows.b * s.Tk * s.k_row + rows.kv * D), *values = v + (rows.b * s.Tk * s.v_row + rows.kv * DV);
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+
+    unsigned qs[D / 16][4];
+    const int low = row_at(&rows, lane() / 4), high = row_at(&rows, lane() / 4 + 8);
+    read_left_factor<D>(qs, q + token_of_row(&rows, low, &s) * s.q_row + head_of_row(&rows, low, &s) * D,
+                        q + token_of_row(&rows, high, &s) * s.q_row + head_of_row(&rows, high, &s) * D);
+    float o[DV / 8][4] = {{0}}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+
+    int more = next_keys<KEYS>(&walk, &mask);
+    if (more) fetch_keys<D, DV, TEAM>(memory, &walk, keys, values, &s, member);
+    cp_async_commit();
+    for (int stage = 0; more; stage ^= 1) {
+        const int k0 = walk.k0, end = walk.end;
+        bf16 *key_tile = memory + stage * STAGE, *value_tile = key_tile + KEYS * D;
+        more = next_keys<KEYS>(&walk, &mask);
+        if (more) fetch_keys<D, DV, TEAM>(memory + (stage ^ 1) * STAGE, &walk, keys, values, &s, member);
+        cp_async_commit();
+        cp_async_wait<1>();
+        team_sync<TEAM>();
+
+        float p[KEYS / 8][4] = {{0}};
+        times_turned<D, KEYS / 8>(p, qs, key_tile, 0);
+        if (k0 < seen.all_lo || k0 + KEYS > min32(seen.all_hi, end)) {
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
+                    if (key < seen.lo[e / 2] || key >= min32(seen.hi[e / 2], end)) p[n][e] = -INFINITY;
+                }
+        }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float higher = top[i];
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+            higher = quad_max(higher);
+            const float shift = higher == -INFINITY ? 0 : higher * scale2, shrink = power_of_2(top[i] * scale2 - shift);
+            float more_sum = 0;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int e = i * 2; e < i * 2 + 2; e++) {
+                    p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                    more_sum += p[n][e];
+                }
+            sum[i] = sum[i] * shrink + more_sum;
+            top[i] = higher;
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++) o[n][i * 2] *= shrink, o[n][i * 2 + 1] *= shrink;
+        }
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n += 2) {
+            unsigned a[4];
+            as_left_factor(a, p + n);
+            times_rows<DV>(o, a, value_tile, n * 8);
+        }
+        team_sync<TEAM>();
+    }
+
+    float inverse[2];
+    for (int i = 0; i < 2; i++) {
+        const float total = quad_sum(sum[i]);
+        inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
+        if (lane() % 4 == 0 && rows.first + lane() / 4 + i * 8 <= rows.last)
+            lse[place_of_row(&rows, i ? high : low, &s)] = total == 0 ? -INFINITY : top[i] * scale + logf(total);
+    }
+    bf16 *result = memory + member / WARP * MMA_ROWS * DV;
+    put_rows<DV>(result, 0, o, inverse[0], inverse[1]);
+    __syncwarp();
+    for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
+        const int row = i / (DV / 8), chunk = i % (DV / 8);
+        if (rows.first + row <= rows.last)
+            *(uint4 *)(out + place_of_row(&rows, rows.first + row, &s) * DV + chunk * 8) = *(const uint4 *)chunk_of<DV>(result, row, chunk);
+    }
+}
+
+template <int D, int DV, int TEAM>
+static void forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    const int teams = TEAM == 1 ? SELECTED_WARPS : 1;
+    const int64_t bytes = teams * team_bytes<D, DV, TEAM>();
+    CUDA(cudaFuncSetAttribute((const void *)fast_forward_kernel<D, DV, TEAM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    fast_forward_kernel<D, DV, TEAM><<<grid(team_items<TEAM>(s), teams), teams * TEAM * WARP, (size_t)bytes>>>(out, lse, q, k, v, *mask, *s);
+    LAUNCHED();
+}
+
+template <int TEAM>
+static void forward_of_team(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    if (s->D == 64) forward_of_shape<64, 64, TEAM>(out, lse, q, k, v, mask, s);
+    else if (s->D == 128) forward_of_shape<128, 128, TEAM>(out, lse, q, k, v, mask, s);
+    else forward_of_shape<192, 128, TEAM>(out, lse, q, k, v, mask, s);
+}
+
+static void fast_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    if (mask->kind == MASK_SELECTED) forward_of_team<1>(out, lse, q, k, v, mask, s);
+    else forward_of_team<FAST_WARPS>(out, lse, q, k, v, mask, s);
+}
+
+// ----------------------------------------------------------------------------
+// Backward of the queries: dq (B,T,H,D) f32 = or += g·dS·K, with dS = P∘(dO·Vᵀ - <dout, out>)/sqrt(D); delta (B,T,H) = g·<dout, out> is for
+// the kernel of dk and dv. P = exp(S - lse) is there at once, so that keys are done 16 or 32 at a time.
+
+template <int D, int DV, int TEAM>
+__global__ void __launch_bounds__((TEAM == 1 ? SELECTED_WARPS : TEAM) * WARP, TEAM == 1 ? (D == 64 ? 6 : 3) : D == 64 ? 3 : 2)
+fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q, const bf16 *k,
+               const bf16 *v, Mask mask, AttentionShape s) {
+    constexpr int KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP, STAGE = KEYS * (D + DV), STEP = D == 192 ? 16 : 32;
+    extern __shared__ uint4 fast_shared[];
+    const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS;
+    const int64_t item = (int64_t)blockIdx.x * (blockDim.x / MEMBERS) + team;
+    if (item >= team_items<TEAM>(&s)) return;
+    bf16 *memory = (bf16 *)fast_shared + team * 2 * STAGE;
+    FastRows rows;
+    KeyWalk walk;
+    team_begin<TEAM, KEYS>(&rows, &walk, (int)item, &mask, &s);
+    const SeenKeys seen = seen_keys<TEAM>(&rows, &mask, &s);
+    const bf16 *keys = k + (rows.b * s.Tk * s.k_row + rows.kv * D), *values = v + (rows.b * s.Tk * s.v_row + rows.kv * DV);
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+
+    unsigned qs[D / 16][4], dos[DV / 16][4];
+    float lse2[2], d[2] = {0, 0};
+    const int low = row_at(&rows, lane() / 4), high = row_at(&rows, lane() / 4 + 8);
+    read_left_factor<D>(qs, q + token_of_row(&rows, low, &s) * s.q_row + head_of_row(&rows, low, &s) * D,
+                        q + token_of_row(&rows, high, &s) * s.q_row + head_of_row(&rows, high, &s) * D);
+    const int64_t place[2] = {place_of_row(&rows, low, &s), place_of_row(&rows, high, &s)};
+    read_left_factor<DV>(dos, dout + place[0] * DV, dout + place[1] * DV);
+    for (int step = 0; step < DV / 16; step++) {
+        unsigned o[1][4];
+        read_left_factor<16>(o, out + place[0] * DV + step * 16, out + place[1] * DV + step * 16);
+        #pragma unroll
+        for (int e = 0; e < 4; e++) d[e % 2] += low_of(dos[step][e]) * low_of(o[0][e]) + high_of(dos[step][e]) * high_of(o[0][e]);
+    }
+    for (int i = 0; i < 2; i++) {
+        lse2[i] = lse[place[i]] * LOG2E;
+        d[i] = quad_sum(d[i]);
+        if (lane() % 4 == 0 && rows.first + lane() / 4 + i * 8 <= rows.last) delta[place[i]] = d[i] * (gate ? gate[place[i] * BRANCHES] : 1);
+    }
+    float sum[D / 8][4] = {{0}};
+
+    int more = next_keys<KEYS>(&walk, &mask);
+    if (more) fetch_keys<D, DV, TEAM>(memory, &walk, keys, values, &s, member);
+    cp_async_commit();
+    for (int stage = 0; more; stage ^= 1) {
+        const int k0 = walk.k0, end = walk.end;
+        bf16 *key_tile = memory + stage * STAGE, *value_tile = key_tile + KEYS * D;
+        more = next_keys<KEYS>(&walk, &mask);
+        if (more) fetch_keys<D, DV, TEAM>(memory + (stage ^ 1) * STAGE, &walk, keys, values, &s, member);
+        cp_async_commit();
+        cp_async_wait<1>();
+        team_sync<TEAM>();
+        const int masked = k0 < seen.all_lo || k0 + KEYS > min32(seen.all_hi, end);
+        #pragma unroll 1
+        for (int j = 0; j < KEYS; j += STEP) {
+            float p[STEP / 8][4] = {{0}}, dp[STEP / 8][4] = {{0}};
+            times_turned<D, STEP / 8>(p, qs, key_tile, j);
+            times_turned<DV, STEP / 8>(dp, dos, value_tile, j);
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int key = k0 + j + n * 8 + lane() % 4 * 2 + e % 2, hidden = masked && (key < seen.lo[e / 2] || key >= min32(seen.hi[e / 2], end));
+                    dp[n][e] = hidden ? 0 : power_of_2(p[n][e] * scale2 - lse2[e / 2]) * (dp[n][e] - d[e / 2]);
+                }
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n += 2) {
+                unsigned a[4];
+                as_left_factor(a, dp + n);
+                times_rows<D>(sum, a, key_tile, j + n * 8);
+            }
+        }
+        team_sync<TEAM>();
+    }
+
+    for (int i = 0; i < 2; i++) {
+        if (rows.first + lane() / 4 + i * 8 > rows.last) continue;
+        const int64_t to_place = place_of_row(&rows, i ? high : low, &s);
+        const float factor = scale * (gate ? gate[to_place * BRANCHES] : 1);
+        float2 *to = (float2 *)(dq + to_place * D + lane() % 4 * 2);      // four lanes write 32 bytes, which is what memory is written in
+        #pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
+            to[n * 4] = make_float2(old.x + sum[n][i * 2] * factor, old.y + sum[n][i * 2 + 1] * factor);
+        }
+    }
+}
+
+template <int D, int DV, int TEAM>
+static void dq_of_shape(float *dq, int accumulate, float *delta, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                        const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    const int teams = TEAM == 1 ? SELECTED_WARPS : 1;
+    const int64_t bytes = teams * team_bytes<D, DV, TEAM>();
+    CUDA(cudaFuncSetAttribute((const void *)fast_dq_kernel<D, DV, TEAM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    fast_dq_kernel<D, DV, TEAM><<<grid(team_items<TEAM>(s), teams), teams * TEAM * WARP, (size_t)bytes>>>(dq, accumulate, delta, dout, gate, out, lse, q, k, v, *mask, *s);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// Backward of the keys: dv = (P·g)ᵀ·dO, dk = dSᵀ·Q. A block owns a tile of keys, 16 a warp, and streams the rows (query, head) that see
+// them: row x is query x / G of a range or of a list of takers, head x % G of the group. Scores come out turned, (keys, rows), so that
+// P and dS are left factors of the second products as they are, and every warp sums its own keys in registers.
+//
+// The first keys have many more queries than the last ones, and the first block has them all: long queues are cut into parts, whose sums
+// go to `partial` and are added up in order by a second kernel.
+
+enum { PARTS_PER_PROCESSOR = 6, PART_ROWS = 512, PART_THREADS = 256, PLACE_SLOTS = 4 };
+
+DEVICE static inline int tile_keys(const Mask *mask) { return mask->kind == MASK_SELECTED && mask->sel_block < RANGE_KEYS ? (mask->sel_block + 15) / 16 * 16 : RANGE_KEYS; }
+DEVICE static inline int64_t tiles_of_block(const Mask *mask) { return (mask->sel_block + tile_keys(mask) - 1) / tile_keys(mask); }
+DEVICE static inline int64_t key_tiles(const Mask *mask, const AttentionShape *s) {
+    const int64_t size = mask->kind == MASK_SELECTED ? mask->sel_block : RANGE_KEYS, blocks = (s->Tk + size - 1) / size;
+    return mask->kind == MASK_SELECTED ? blocks * tiles_of_block(mask) : blocks;
+}
+
+// The queries [from, to) that see any of the keys [k0, k0 + count), where these are a range.
+DEVICE static inline void query_range(const Mask *mask, int64_t k0, int64_t count, int64_t T, int64_t *from, int64_t *to) {
+    *from = min64(T, mask->kind == MASK_COMPRESSED ? k0 * mask->stride + mask->block - 1 : k0);
+    *to = mask->kind == MASK_WINDOW ? min64(T, k0 + count - 1 + min64(mask->window, T)) : T;
+    *to = max64(*from, *to);
+}
+
+typedef struct KeyTile { int64_t b, kv, k0, count, from, to; } KeyTile;
+__device__ static inline KeyTile key_tile_at(int64_t item, const Mask *mask, const AttentionShape *s, const Takers *takers) {
+    const int64_t tiles = key_tiles(mask, s), tile = item % tiles, bkv = item / tiles;
+    KeyTile x = {bkv / s->KV, bkv % s->KV, tile * RANGE_KEYS, 0, 0, 0};
+    if (mask->kind != MASK_SELECTED) {
+        x.count = min64(RANGE_KEYS, s->Tk - x.k0);
+        query_range(mask, x.k0, x.count, s->T, &x.from, &x.to);
+        return x;
+    }
+    const int64_t block = tile / tiles_of_block(mask), inside = tile % tiles_of_block(mask) * tile_keys(mask);
+    x.k0 = block * mask->sel_block + inside;
+    x.count = max64(0, min64(min64(tile_keys(mask), mask->sel_block - inside), s->Tk - x.k0));
+    if (block < takers->blocks && x.count > 0) {
+        const int64_t *start = takers->start + bkv * (takers->blocks + 1) + block;
+        x.from = start[0];
+        x.to = start[1];
+    }
+    return x;
+}
+
+// How the work is cut: at most `queries` of a tile make one part. Bounds for the launch and for the memory, which hold for any lists.
+typedef struct Parts { int64_t tiles, queries, items, slots, slot_size; } Parts;
+static Parts attention_parts_of(const Mask *mask, const AttentionShape *s) {
+    const int64_t each = key_tiles(mask, s), G = s->H / s->KV;
+    int64_t work = 0, from, to;
+    if (mask->kind == MASK_SELECTED) work = s->T * mask->n * tiles_of_block(mask);
+    for (int64_t i = 0; i < each && mask->kind != MASK_SELECTED; i++) {
+        query_range(mask, i * RANGE_KEYS, min64(RANGE_KEYS, s->Tk - i * RANGE_KEYS), s->T, &from, &to);
+        work += to - from;
+    }
+    work *= s->B * s->KV;
+    Parts p = {each * s->B * s->KV, 0, 0, 0, (int64_t)tile_keys(mask) * (s->D + s->Dv)};
+    p.queries = max64((PART_ROWS + G - 1) / G, work / (PARTS_PER_PROCESSOR * (int64_t)gpu.multiProcessorCount) + 1);
+    p.items = p.tiles + work / p.queries;       // a tile of L queries has at most 1 + L / queries parts
+    p.slots = 2 * (work / p.queries);           // and one with several, fewer than 2·L / queries
+    return p;
+}
+
+// `partial`: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each), then these parts.
+static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1), 32); }
+// One block: each thread counts the parts of a stretch of tiles, then writes where they start.
+__global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t queries, Mask mask, AttentionShape s, Takers takers) {
+    __shared__ int items[PART_THREADS], slots[PART_THREADS];
+    const int64_t each = (tiles + PART_THREADS - 1) / PART_THREADS, first = min64(threadIdx.x * each, tiles), last = min64(first + each, tiles);
+    int item = 0, kept = 0;
+    for (int64_t i = first; i < last; i++) {
+        const KeyTile x = key_tile_at(i, &mask, &s, &takers);
+        const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
+        item += parts;
+        kept += parts > 1 ? parts : 0;
+    }
+    items[threadIdx.x] = item;
+    slots[threadIdx.x] = kept;
+    __syncthreads();
+    item = kept = 0;
+    for (int i = 0; i < (int)threadIdx.x; i++) item += items[i], kept += slots[i];
+    for (int64_t i = first; i < last; i++) {
+        const KeyTile x = key_tile_at(i, &mask, &s, &takers);
+        const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
+        start[i] = item;
+        slot[i] = kept;
+        item += parts;
+        kept += parts > 1 ? parts : 0;
+    }
+    if (last == tiles) start[tiles] = item, slot[tiles] = kept;     // several threads may stand at the end: they agree
+}
+
+// A block's shared memory: keys and values, then two stages of rows, each of q, dout and three numbers; tokens and heads of four stages.
+template <int D, int DV, int ROWS>
+static int64_t dkv_bytes(int keys) {
+    return (keys + 2 * ROWS) * (D + DV) * (int64_t)sizeof(bf16) + 2 * 3 * ROWS * (int64_t)sizeof(float) + PLACE_SLOTS * 2 * ROWS * (int64_t)sizeof(int);
+}
+
+template <int D, int DV, int ROWS>
+static int dkv_fits(void) { return dkv_bytes<D, DV, ROWS>(RANGE_KEYS) <= (int64_t)gpu.sharedMemPerBlockOptin; }
+
+// Whether a query sees a key. With selection, key and query are of the same list.
+__device__ static inline int sees_key(const Mask *mask, int t, int key) {
+    if (mask->kind == MASK_COMPRESSED) return key * mask->stride + mask->block - 1 <= t;
+    return key <= t && (mask->kind == MASK_SELECTED || t - key < mask->window);
+}
+
+template <int D, int DV, int ROWS>
+__global__ void __launch_bounds__(FAST_WARPS * WARP, D == 64 ? 3 : 2)
+fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const float *delta, const float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
+                Mask mask, AttentionShape s, Takers takers, float *partial, const int *start, const int *slot, int64_t tiles) {
+    constexpr int STEP = D == 64 ? 32 : 16, STAGE = ROWS * (D + DV);
+    extern __shared__ uint4 fast_shared[];
+    if ((int)blockIdx.x >= start[tiles]) return;
+    int64_t tile = 0;       // the last one that starts at this block or before it
+    for (int64_t end = tiles; end - tile > 1;) {
+        const int64_t middle = (tile + end) / 2;
+        if (start[middle] <= (int)blockIdx.x) tile = middle;
+        else end = middle;
+    }
+    const KeyTile x = key_tile_at(tile, &mask, &s, &takers);
+    const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
+    const int64_t from = x.from + (x.to - x.from) * part / parts, to = x.from + (x.to - x.from) * (part + 1) / parts;
+    const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS;
+    const int *list = mask.kind == MASK_SELECTED ? takers.queries + from : NULL;
+    bf16 *key_tile = (bf16 *)fast_shared, *value_tile = key_tile + keys * D, *memory = value_tile + keys * DV;
+    float *numbers = (float *)(memory + 2 * STAGE);                 // (stage, lse / delta / gate, ROWS)
+    int *places = (int *)(numbers + 2 * 3 * ROWS);                  // (slot, token / head, ROWS)
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+
+    // Tokens and heads of a stage's rows, head -1: none. They are on their way two stages before the rows themselves.
+    const auto fetch_places = [&](int stage) {
+        int *tokens = places + stage % PLACE_SLOTS * 2 * ROWS;
+        for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
+            const int row = stage * ROWS + i, query = row / G;
+            tokens[ROWS + i] = row < rows ? (int)x.kv * G + row - query * G : -1;
+            if (list) cp_async_4(tokens + i, list + (row < rows ? query : 0), row < rows ? 4 : 0);
+            else tokens[i] = row < rows ? (int)from + query : 0;
+        }
+    };
+    const auto fetch_stage = [&](int stage) {
+        const int *tokens = places + stage % PLACE_SLOTS * 2 * ROWS, *heads = tokens + ROWS;
+        bf16 *q_tile = memory + stage % 2 * STAGE, *dout_tile = q_tile + ROWS * D;
+        for (int i = threadIdx.x; i < ROWS * (D / 8); i += blockDim.x) {
+            const int row = i / (D / 8), chunk = i % (D / 8), head = heads[row];
+            cp_async_16(chunk_of<D>(q_tile, row, chunk), head < 0 ? q : q + (x.b * s.T + tokens[row]) * s.q_row + head * D + chunk * 8, head < 0 ? 0 : 16);
+        }
+        for (int i = threadIdx.x; i < ROWS * (DV / 8); i += blockDim.x) {
+            const int row = i / (DV / 8), chunk = i % (DV / 8), head = heads[row];
+            cp_async_16(chunk_of<DV>(dout_tile, row, chunk), head < 0 ? dout : dout + ((x.b * s.T + tokens[row]) * s.H + head) * DV + chunk * 8, head < 0 ? 0 : 16);
+        }
+        for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
+            const int there = heads[i] < 0 ? 0 : 4;
+            const int64_t place = there ? (x.b * s.T + tokens[i]) * s.H + heads[i] : 0;
+            float *to_numbers = numbers + stage % 2 * 3 * ROWS + i;
+            cp_async_4(to_numbers, lse + place, there);
+            cp_async_4(to_numbers + ROWS, delta + place, there);
+            if (gate) cp_async_4(to_numbers + 2 * ROWS, gate + place * BRANCHES, there);
+            else to_numbers[2 * ROWS] = 1;
+        }
+    };
+
+    const int mine = threadIdx.x / WARP * MMA_ROWS, first_key = (int)x.k0 + mine + lane() / 4;
+    float dks[D / 8][4] = {{0}}, dvs[DV / 8][4] = {{0}};
+    if (stages > 0) {
+        fetch_tile<D>(key_tile, keys, k + (x.b * s.Tk + x.k0) * s.k_row + x.kv * D, s.k_row, count, threadIdx.x, blockDim.x);
+        fetch_tile<DV>(value_tile, keys, v + (x.b * s.Tk + x.k0) * s.v_row + x.kv * DV, s.v_row, count, threadIdx.x, blockDim.x);
+        fetch_places(0);
+        fetch_places(1);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        fetch_stage(0);
+        fetch_places(2);
+        cp_async_commit();
+        fetch_stage(1);
+        fetch_places(3);
+        cp_async_commit();
+    }
+    for (int stage = 0; stage < stages; stage++) {
+        cp_async_wait<1>();
+        __syncthreads();
+        const int *tokens = places + stage % PLACE_SLOTS * 2 * ROWS, last = min32(rows - stage * ROWS, ROWS) - 1;
+        // Queries ascend, keys too: the corners say whether everything between them is seen.
+        const int masked = !sees_key(&mask, tokens[0], (int)x.k0 + count - 1) || !sees_key(&mask, tokens[last], (int)x.k0);
+        const float *lses = numbers + stage % 2 * 3 * ROWS, *deltas = lses + ROWS, *gates = deltas + ROWS;
+        bf16 *q_tile = memory + stage % 2 * STAGE, *dout_tile = q_tile + ROWS * D;
+        #pragma unroll 1
+        for (int j = 0; j < ROWS; j += STEP) {
+            // Rows behind the last are all zeros: they add nothing to any sum. Keys behind the last are other rows of the result.
+            float p[STEP / 8][4] = {{0}}, ds[STEP / 8][4] = {{0}};
+            tile_times_turned<D, STEP / 8>(p, key_tile, mine, q_tile, j);
+            tile_times_turned<DV, STEP / 8>(ds, value_tile, mine, dout_tile, j);
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n++) {
+                const int row = j + n * 8 + lane() % 4 * 2;
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int at = row + e % 2, hidden = masked && !sees_key(&mask, tokens[at], first_key + e / 2 * 8);
+                    const float probability = hidden ? 0 : power_of_2(p[n][e] * scale2 - lses[at] * LOG2E);
+                    p[n][e] = probability * gates[at];
+                    ds[n][e] = probability * (ds[n][e] * gates[at] - deltas[at]);
+                }
+            }
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n += 2) {
+                unsigned a[4];
+                as_left_factor(a, p + n);
+                times_rows<DV>(dvs, a, dout_tile, j + n * 8);
+                as_left_factor(a, ds + n);
+                times_rows<D>(dks, a, q_tile, j + n * 8);
+            }
+        }
+        __syncthreads();
+        if (stage + 2 < stages) {
+            fetch_stage(stage + 2);
+            fetch_places(stage + 4);
+        }
+        cp_async_commit();
+    }
+
+    if (parts > 1) {        // (keys, D + DV) of this part
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float *to_key = partial + ((slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++) *(float2 *)(to_key + D + n * 8) = make_float2(dvs[n][i * 2], dvs[n][i * 2 + 1]);
+        }
+        return;
+    }
+    // The warp's own keys and values have been read for the last time: the results pass through their place.
+    __syncwarp();
+    put_rows<D>(key_tile, mine, dks, scale, scale);
+    put_rows<DV>(value_tile, mine, dvs, 1, 1);
+    __syncwarp();
+    for (int i = lane(); i < MMA_ROWS * (D / 8); i += WARP) {
+        const int row = mine + i / (D / 8), chunk = i % (D / 8);
+        if (row < count) *(uint4 *)(dk + (x.b * s.Tk + x.k0 + row) * s.k_row + x.kv * D + chunk * 8) = *(const uint4 *)chunk_of<D>(key_tile, row, chunk);
+    }
+    for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
+        const int row = mine + i / (DV / 8), chunk = i % (DV / 8);
+        if (row < count) *(uint4 *)(dv + (x.b * s.Tk + x.k0 + row) * s.v_row + x.kv * DV + chunk * 8) = *(const uint4 *)chunk_of<DV>(value_tile, row, chunk);
+    }
+}
+
+// dk, dv of the tiles that were cut: their parts in order. Four blocks a tile, a thread 8 numbers.
+__global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *partial, const int *slot, Mask mask, AttentionShape s, Takers takers) {
+    const int first = slot[blockIdx.x], last = slot[blockIdx.x + 1], wide = s.D + s.Dv, keys = tile_keys(&mask);
+    if (first == last) return;
+    const KeyTile x = key_tile_at(blockIdx.x, &mask, &s, &takers);
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < x.count * (wide / 8); i += gridDim.y * blockDim.x) {
+        const int row = i / (wide / 8), c = i % (wide / 8) * 8;
+        const int64_t token = x.b * s.Tk + x.k0 + row;
+        float sum[8] = {0};
+        for (int part = first; part < last; part++) {
+            const float4 *from = (const float4 *)(partial + (part * (int64_t)keys + row) * wide + c), a = from[0], b = from[1];
+            sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w, sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
+        }
+        const uint4 result = make_uint4(two_bf16(sum[0], sum[1]), two_bf16(sum[2], sum[3]), two_bf16(sum[4], sum[5]), two_bf16(sum[6], sum[7]));
+        *(uint4 *)(c < s.D ? dk + token * s.k_row + x.kv * s.D + c : dv + token * s.v_row + x.kv * s.Dv + c - s.D) = result;
+    }
+}
+
+// Which queries took which block, what find_takers finds by reading all of block_idx for every block. Here a warp goes through the choices of
+// TAKER_QUERIES queries once, one query after the other: its blocks are all different, so that the lanes count without getting in each
+// other's way. Three steps: how often each stretch of queries takes each block; where its takers go; these written down.
+enum { TAKER_QUERIES = 128 };
+static int64_t taker_stretches(const AttentionShape *s) { return (s->T + TAKER_QUERIES - 1) / TAKER_QUERIES; }
+
+// seen (B,KV,stretches,blocks): counts, or with `fill` where the takers of the stretch begin in their list. A block of one warp a stretch.
+__global__ void takers_kernel(int *seen, Takers takers, const int *block_idx, int64_t n, AttentionShape s, int64_t stretches, int fill) {
+    extern __shared__ int taken[];
+    const int64_t stretch = blockIdx.x % stretches, bkv = blockIdx.x / stretches, t0 = stretch * TAKER_QUERIES;
+    const int64_t *start = takers.start + bkv * (takers.blocks + 1);
+    int *own = seen + blockIdx.x * takers.blocks;
+    for (int64_t j = lane(); j < takers.blocks; j += WARP) taken[j] = fill ? own[j] : 0;
+    __syncwarp();
+    for (int64_t t = t0; t < min64(t0 + TAKER_QUERIES, s.T); t++) {
+        const int *idx = block_idx + ((bkv / s.KV * s.T + t) * s.KV + bkv % s.KV) * n;
+        for (int64_t m = lane(); m < n; m += WARP) {
+            if (idx[m] < 0) continue;
+            if (fill) takers.queries[start[idx[m]] + taken[idx[m]]] = (int)t;
+            taken[idx[m]]++;
+        }
+        __syncwarp();
+    }
+    for (int64_t j = lane(); j < takers.blocks && !fill; j += WARP) own[j] = taken[j];
+}
+
+// A thread a block: its count, and of each stretch where it begins.
+__global__ void takers_count_kernel(int *seen, Takers takers, int64_t lists, int64_t stretches) {
+    const int64_t list = global_thread(), block = list % takers.blocks;
+    if (list >= lists) return;
+    int *of_stretch = seen + list / takers.blocks * stretches * takers.blocks + block, sum = 0;
+    #pragma unroll 8
+    for (int64_t i = 0; i < stretches; i++) {
+        const int count = of_stretch[i * takers.blocks];
+        of_stretch[i * takers.blocks] = sum;
+        sum += count;
+    }
+    takers.count[list] = sum;
+}
+
+// As lists_start_kernel, by all threads of a block.
+__global__ void takers_start_kernel(Takers takers, int64_t group_items) {
+    __shared__ int64_t sums[PART_THREADS];
+    const int64_t each = (takers.blocks + PART_THREADS - 1) / PART_THREADS, first = min64(threadIdx.x * each, takers.blocks), last = min64(first + each, takers.blocks);
+    const int64_t *count = takers.count + blockIdx.x * takers.blocks;
+    int64_t *start = takers.start + blockIdx.x * (takers.blocks + 1), sum = 0;
+    for (int64_t i = first; i < last; i++) sum += count[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    sum = blockIdx.x * group_items;
+    for (int i = 0; i < (int)threadIdx.x; i++) sum += sums[i];
+    for (int64_t i = first; i < last; i++) {
+        start[i] = sum;
+        sum += count[i];
+    }
+    if (threadIdx.x == PART_THREADS - 1) start[takers.blocks] = sum;
+}
+
+static int64_t fast_attention_partial(const AttentionShape *s, const Mask *mask) {
+    const Parts p = attention_parts_of(mask, s);
+    const int64_t lists = mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
+    return max64(lists, parts_header(&p) + p.slots * p.slot_size);      // the lists are made before the parts are
+}
+
+static void fast_takers(const Takers *takers, const int *block_idx, int64_t n, const AttentionShape *s, int *seen) {
+    const int64_t stretches = taker_stretches(s), bkv = s->B * s->KV, bytes = takers->blocks * (int64_t)sizeof(int);
+    if (bytes > (int64_t)gpu.sharedMemPerBlockOptin) {
+        find_takers(takers, block_idx, n, s);
+        return;
+    }
+    CUDA(cudaFuncSetAttribute((const void *)takers_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    takers_kernel<<<grid(bkv * stretches, 1), WARP, (size_t)bytes>>>(seen, *takers, block_idx, n, *s, stretches, 0);
+    takers_count_kernel<<<grid(bkv * takers->blocks, WARP), WARP>>>(seen, *takers, bkv * takers->blocks, stretches);
+    takers_start_kernel<<<(unsigned)bkv, PART_THREADS>>>(*takers, s->T * n);
+    takers_kernel<<<grid(bkv * stretches, 1), WARP, (size_t)bytes>>>(seen, *takers, block_idx, n, *s, stretches, 1);
+    LAUNCHED();
+}
+
+template <int D, int DV, int ROWS>
+static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const float *delta, const float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
+                         const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
+    const Parts p = attention_parts_of(mask, s);
+    const Takers none = {NULL, NULL, NULL, 0};
+    int *start = (int *)partial, *slot = start + p.tiles + 1;
+    const int keys = tile_keys(mask);
+    const int64_t bytes = dkv_bytes<D, DV, ROWS>(keys);
+    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, *mask, *s, takers ? *takers : none);
+    LAUNCHED();
+    CUDA(cudaFuncSetAttribute((const void *)fast_dkv_kernel<D, DV, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
+        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, takers ? *takers : none, partial + parts_header(&p), start, slot, p.tiles);
+    LAUNCHED();
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, *mask, *s, takers ? *takers : none);
+    LAUNCHED();
+}
+
+template <int D, int DV, int ROWS>
+static void backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                              const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    else dq_of_shape<D, DV, FAST_WARPS>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    if (s->Tk > 0) dkv_of_shape<D, DV, ROWS>(dk, dv, dout, gate, delta, lse, q, k, v, mask, s, takers, partial);
+}
+
+// dq (B,T,H,D) f32, without gaps, = or += ; dk, dv (strided as k, v) = . dout (B,T,H,Dv) is that of the branches' sum: the gate multiplies it
+// here. delta: B·T·H numbers, partial: fast_attention_partial.
+static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                             const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
+    if (s->D == 64) backward_of_shape<64, 64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else if (s->D == 128 && dkv_fits<128, 128, 64>()) backward_of_shape<128, 128, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else if (s->D == 128) backward_of_shape<128, 128, 32>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else backward_of_shape<192, 128, 32>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+}
+
+// ----------------------------------------------------------------------------
+// Selection: weights (rows, Tk) of row (b,t,kv) = Σ over its heads of exp(q·K~/sqrt(D) - lse), as select_weights_kernel. Scores come out
+// turned, (keys, rows), so that heads lie beside each other: 8 of them are the columns of one matrix instruction, whose sum is one addition
+// and two shuffles. A warp holds 32 rows as right factors in registers: 4 / NB tokens with NB·8 heads each (fewer heads: padded), and
+// groups of more than 32 heads in passes. Keys pass by in tiles that the block's warps share.
+
+template <int NB>
+DEVICE static inline int64_t select_tokens(void) { return FAST_WARPS * (4 / NB); }
+
+template <int D, int NB>
+__global__ void __launch_bounds__(FAST_WARPS * WARP, D == 64 ? 3 : 2)
+fast_select_kernel(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, int64_t first_tile, AttentionShape s, SelectShape sel) {
+    constexpr int KEYS = RANGE_KEYS, TOKENS = 4 / NB;
+    extern __shared__ uint4 fast_shared[];
+    const int G = s.H / s.KV, tid = threadIdx.x, pair = lane() % 4 * 2;
+    const int64_t per_text = (s.T + select_tokens<NB>() - 1) / select_tokens<NB>(), tile = first_tile + blockIdx.x / s.KV, kv = blockIdx.x % s.KV, b = tile / per_text;
+    const int64_t t0 = tile % per_text * select_tokens<NB>(), last = min64(t0 + select_tokens<NB>(), s.T) - 1, mine = t0 + tid / WARP * TOKENS;
+    if (last / sel.sel_block + 1 <= sel.n) return;      // no choice to make
+    const int seen = (int)min64(compressed_seen(last, sel.cmp_block, sel.cmp_stride), s.Tk);
+    const bf16 *keys = k + b * s.Tk * s.k_row + kv * D;
+    bf16 *memory = (bf16 *)fast_shared;
+    const float scale2 = LOG2E / sqrtf((float)D);
+    // Lanes of a quad have the same sums: each writes those of one token.
+    const int64_t t = mine + lane() % 4, row = (b * s.T + t) * s.KV + kv;
+    const int writes = lane() % 4 < TOKENS && t < s.T && row >= row0 && row < row0 + rows ? (int)min64(compressed_seen(t, sel.cmp_block, sel.cmp_stride), s.Tk) : 0;
+    float *to = weights + (writes ? row - row0 : 0) * s.Tk;
+
+    for (int head0 = 0; head0 < G; head0 += NB * 8) {
+        unsigned qs[4][D / 16][2];
+        float lse2[4][2];
+        #pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int64_t bt = b * s.T + min64(mine + n / NB, s.T - 1);
+            const int head = head0 + n % NB * 8;
+            const bf16 *query = q + bt * s.q_row + (kv * G + min32(head + lane() / 4, G - 1)) * D + pair;
+            #pragma unroll
+            for (int step = 0; step < D / 16; step++) {
+                qs[n][step][0] = *(const unsigned *)(query + step * 16);
+                qs[n][step][1] = *(const unsigned *)(query + step * 16 + 8);
+            }
+            for (int e = 0; e < 2; e++) lse2[n][e] = head + pair + e < G ? lse[bt * s.H + kv * G + head + pair + e] * LOG2E : INFINITY;
+        }
+        fetch_tile<D>(memory, KEYS, keys, s.k_row, seen, tid, FAST_WARPS * WARP);
+        cp_async_commit();
+        for (int k0 = 0, stage = 0; k0 < seen; k0 += KEYS, stage ^= 1) {
+            bf16 *key_tile = memory + stage * KEYS * D;
+            if (k0 + KEYS < seen) fetch_tile<D>(memory + (stage ^ 1) * KEYS * D, KEYS, keys + (k0 + KEYS) * s.k_row, s.k_row, seen - k0 - KEYS, tid, FAST_WARPS * WARP);
+            cp_async_commit();
+            cp_async_wait<1>();
+            __syncthreads();
+            #pragma unroll 1
+            for (int j = 0; j < KEYS; j += MMA_ROWS) {
+                float p[4][4] = {{0}}, sum[TOKENS][2] = {{0}};
+                #pragma unroll
+                for (int step = 0; step < D / 16; step++) {
+                    unsigned a[4];
+                    ldmatrix_x4(a, chunk_of<D>(key_tile, j + lane() % 16, step * 2 + lane() / 16));
+                    #pragma unroll
+                    for (int n = 0; n < 4; n++) mma_16816(p[n], a, qs[n][step]);
+                }
+                #pragma unroll
+                for (int n = 0; n < 4; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) sum[n / NB][e / 2] += power_of_2(p[n][e] * scale2 - lse2[n][e % 2]);
+                #pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float mine_of_quad = 0;
+                    #pragma unroll
+                    for (int token = 0; token < TOKENS; token++) {
+                        const float all = quad_sum(sum[token][i]);
+                        if (lane() % 4 == token) mine_of_quad = all;
+                    }
+                    const int key = k0 + j + lane() / 4 + i * 8;
+                    if (key < writes) to[key] = head0 ? to[key] + mine_of_quad : mine_of_quad;
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
+template <int D, int NB>
+static void select_of_shape(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const int64_t tokens = select_tokens<NB>(), per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
+    const int64_t first = from / s->T * per_text + from % s->T / tokens, last = to / s->T * per_text + to % s->T / tokens;
+    const int64_t bytes = 2 * RANGE_KEYS * D * (int64_t)sizeof(bf16);
+    CUDA(cudaFuncSetAttribute((const void *)fast_select_kernel<D, NB>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    fast_select_kernel<D, NB><<<grid((last - first + 1) * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, first, *s, *sel);
+    LAUNCHED();
+}
+
+template <int D>
+static void select_of_width(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const int G = s->H / s->KV;
+    if (G <= 8) select_of_shape<D, 1>(weights, q, k, lse, row0, rows, s, sel);
+    else if (G <= 16) select_of_shape<D, 2>(weights, q, k, lse, row0, rows, s, sel);
+    else select_of_shape<D, 4>(weights, q, k, lse, row0, rows, s, sel);
+}
+
+// weights[(row - row0)·Tk + i] for the rows row0 .. row0+rows-1 of (b,t,kv) that have a choice, and the keys i that they see.
+static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    if (rows <= 0 || s->Tk <= 0) return;
+    if (s->D == 64) select_of_width<64>(weights, q, k, lse, row0, rows, s, sel);
+    else if (s->D == 128) select_of_width<128>(weights, q, k, lse, row0, rows, s, sel);
+    else select_of_width<192>(weights, q, k, lse, row0, rows, s, sel);
+}
+
+// ----------------------------------------------------------------------------
+// Attention and selection by the tier that takes the shape
+
+static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
+
+// Whether a model's attention runs on tensor cores.
+static int fast_model(const Config *c) {
+    AttentionShape s = attention_shape(c, 1, 1, 8);
+    Mask mask;
+    memset(&mask, 0, sizeof mask);
+    return is_bf16(c) && fast_attention(&s, &mask);
+}
+
 template <typename F>
-static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, float *scratch) {
+static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
+    if constexpr (std::is_same<F, bf16>::value)
+        if (fast_attention(s, mask)) return fast_attention_forward(out, lse, q, k, v, mask, s);
+    simple_attention_forward(out, lse, q, k, v, mask, s);
+}
+
+template <typename F>
+static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
+                                   const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if constexpr (std::is_same<F, bf16>::value)
+        if (fast_attention(s, mask)) return fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
+}
+
+// k (B,Tk,KV,D) are the compressed keys, lse that of the compressed branch.
+template <typename F>
+static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, const Mask *mask, float *scratch) {
     const int64_t rows = s->B * s->T * s->KV, chunk = select_chunk(s, sel);
     float *weights = scratch, *importance = weights + chunk * s->Tk;
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        simple_select_weights(weights, q, k, lse, row, n, s, sel);
+        int fast = 0;
+        if constexpr (std::is_same<F, bf16>::value)
+            if ((fast = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
         select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
@@ -1858,7 +2823,7 @@ struct GpuActs {
 template <typename F>
 struct GpuScratch {
     F *norm, *y, *attention, *ffn, *compress, *logits, *dx, *dnorm, *dwide, *dattention, *dcompressed[2], *drouter;
-    float *select, *parts, *sums, *loss, *dgates, *dq, *delta, *dprobs, *dweight;
+    float *select, *parts, *sums, *loss, *dgates, *dq, *delta, *partial, *dprobs, *dweight;
     int *kept, *shares;                         // (N·k) twice: experts with a capacity
     int64_t *count;                             // (E)
     MoeScratch<F> moe;
@@ -1880,7 +2845,13 @@ template <typename F> static Net<F> net;        // one model at a time
 // memory, so that a tie that falls the other way does not look like an error.
 static int **given_block_idx, **given_experts;
 
-static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
+template <typename F>
+static Mask gpu_branch_mask(const Config *c, const GpuActs<F> *a, AttentionShape *s, int layer, int branch) {
+    LayerActs places;
+    memset(&places, 0, sizeof places);
+    places.block_idx = a->block_idx;
+    return branch_mask(c, &places, s, layer, branch);
+}
 
 // Rows of the wide projection's result, long enough for loads of 16 bytes; columns past wide_row's size are not used.
 static WideRow gpu_wide_row(const Config *c, int layer) {
@@ -1961,10 +2932,17 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
     const int64_t E = c->num_experts, k = c->num_experts_per_tok;
     const int nsa = has_nsa(c);
-    int64_t wide = 0, width = 0, compress = 0, select = 0;
+    int64_t wide = 0, width = 0, compress = 0, select = 0, partial = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
         wide = max64(wide, gpu_wide_row(c, l).size);
         width = max64(width, ffn_width(c, l));
+        for (int b = 0; b < (layer_is_full(c, l) ? 1 : BRANCHES) && fast_model(c); b++) {
+            GpuActs<F> none;
+            AttentionShape shape = attention_shape(c, B, T, 0);
+            memset(&none, 0, sizeof none);
+            const Mask mask = gpu_branch_mask(c, &none, &shape, l, b);
+            partial = max64(partial, fast_attention_partial(&shape, &mask));
+        }
     }
     const int64_t nc = nsa ? compressed_seen(T - 1, c->cmp_block, c->cmp_stride) : 0;
     if (nsa) {
@@ -2008,6 +2986,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->dcompressed[0], B * nc * KV * D);
     carve(m, &s->dcompressed[1], B * nc * KV * Dv);
     carve(m, &s->delta, N * H);
+    carve(m, &s->partial, partial);
     carve(m, &s->dprobs, N * E);
     carve(m, &s->drouter, N * E);
     carve(m, &s->dweight, E ? N * k : 0);
@@ -2041,6 +3020,7 @@ static void net_bytes(int64_t bytes[2], const Config *c, int64_t B, int64_t T, i
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
     const int64_t params = count_params(c), number = (int64_t)sizeof(float);
     int64_t bytes[2];
+    device_open();      // how sums are cut into parts follows from the GPU
     if (is_bf16(c)) net_bytes<bf16>(bytes, c, B, T, recompute, train);
     else net_bytes<float>(bytes, c, B, T, recompute, train);
     const int64_t part[] = {is_bf16(c) ? params + params / 2 + 1 : params, train ? params : 0, train ? 2 * params : 0, bytes[0] / number, bytes[1] / number};
@@ -2122,6 +3102,8 @@ void device_free(Model *m) {
 
 void device_describe(const Config *c, Text *out) {
     text_add(out, "%s (sm_%d%d), %s", gpu.name, gpu.major, gpu.minor, is_bf16(c) ? "bf16" : "f32");
+    if (is_bf16(c) && !fast_model(c))
+        text_add(out, "; attention by the simple kernels: heads of %d/%d, the fast ones take 64, 128 and 192/128", c->head_dim, c->v_head_dim);
 }
 
 // ----------------------------------------------------------------------------
@@ -2173,14 +3155,6 @@ template <typename F>
 static Branches<F> branches_of(const GpuActs<F> *a) {
     Branches<F> b = {{a->branch[0], a->branch[1], a->branch[2]}};
     return b;
-}
-
-template <typename F>
-static Mask gpu_branch_mask(const Config *c, const GpuActs<F> *a, AttentionShape *s, int layer, int branch) {
-    LayerActs places;
-    memset(&places, 0, sizeof places);
-    places.block_idx = a->block_idx;
-    return branch_mask(c, &places, s, layer, branch);
 }
 
 template <typename F>
@@ -2240,7 +3214,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
         gpu_attention_forward<F>(a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape);
         if (compressed) {
             const SelectShape select = select_shape(c);
-            gpu_select_forward<F>(a->block_idx, a->wide, k, a->lse[CMP], &shape, &select, s->select);
+            gpu_select_forward<F>(a->block_idx, a->wide, k, a->lse[CMP], &shape, &select, &mask, s->select);
             if (given_block_idx) device_copy(a->block_idx, given_block_idx[layer], N * KV * c->sel_blocks * (int64_t)sizeof(int));
         }
     }
@@ -2463,7 +3437,7 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
         const F *k = compressed ? a->compressed[0] : a->wide + row.k[b], *v = compressed ? a->compressed[1] : a->wide + row.v[b];
         F *dk = compressed ? s->dcompressed[0] : s->dwide + row.k[b], *dv = compressed ? s->dcompressed[1] : s->dwide + row.v[b];
         gpu_attention_backward<F>(s->dq, b > 0, dk, dv, s->dattention, nsa ? a->gates + b : NULL, a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape,
-                                  s->delta, &s->takers);
+                                  s->delta, &s->takers, s->partial);
         if (!compressed) continue;
         gpu_rope<F>(dk, shape.k_row, NULL, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, &blocks, D, -1);
         for (int i = 0; i < 2; i++) {
