@@ -45,7 +45,7 @@ static void device_open(void) {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
-        die(1, "no GPU to compute on (%s): train_nsa is the same program for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
+        die(1, "no GPU to compute on (%s): train_nsa and sample are the same programs for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
     CUDA(cudaSetDevice(0));
     CUDA(cudaGetDeviceProperties(&gpu, 0));
     CUBLAS(cublasCreate(&cublas));
@@ -1193,16 +1193,22 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
         die(2, "--compress %.*s has no kernels here yet: train_nsa, on the CPU, knows it", len, name);
     }
     device_open();
-    Model *g = m->twin = (Model *)xcalloc(1, sizeof(Model));
-    g->config = *c;
-    g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
-    g->weights = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
-    list_params(g);
+    Model *g = m->twin;
+    if (g) {        // other activations for the same weights
+        free(g->acts);
+        CUDA(cudaFree(g->memory));
+    } else {
+        g = m->twin = (Model *)xcalloc(1, sizeof(Model));
+        g->config = *c;
+        g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
+        g->weights = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
+        list_params(g);
+    }
     g->B = (int)B;
     g->T = (int)T;
     g->recompute = recompute;
     g->train = train;
-    if (train) {
+    if (train && !g->grads) {
         float **state[] = {&g->grads, &g->adam_m, &g->adam_v};
         for (int i = 0; i < 3; i++) *state[i] = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
         m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));     // for checkpoints

@@ -105,7 +105,7 @@ mkfifo lines
 pid=$!
 exec 3> lines
 echo abc >&3
-sleep 1
+sleep $((1 + ${START_DELAY:-0}))    # a GPU takes its time to start
 kill -INT $pid
 exec 3>&-
 wait $pid
