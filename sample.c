@@ -683,12 +683,11 @@ __global__ void attend_kernel(AttendCall a) {
             const float key = tile[lane() * tile_row(D) + c];
             x[0] += y.x * key, x[1] += y.y * key, x[2] += y.z * key, x[3] += y.w * key;
         }
-        for (int i = 0; i < FOUR; i++) {
-            const int g = warp * FOUR + i;
-            const float score = lane() < count ? x[i] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
+        for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
+            const float score = lane() < count ? x[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
             const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
             p[lane() * HEADS_ROW + g] = weight;
-            if (scores && g < heads && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
+            if (scores && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
             __syncwarp();       // all have read top
             if (lane() > 0) continue;
             top[g] = higher;

@@ -3,9 +3,7 @@
 //     make test-gpu, or without a GPU make test-gpu-emulated
 
 #define NSA_CU
-#ifdef __CUDACC__
-#define EVERY 1
-#else
-#define EVERY 9         // where the CPU runs the kernels
+#if !defined(__CUDACC__) && !defined(EVERY)
+#define EVERY 13        // where the CPU runs the kernels
 #endif
 #include "test_sample.c"
