@@ -376,6 +376,8 @@ void decode_token(Decoder *d, const int *tokens) {
 #ifdef NSA_CU
 static const char *device_name = "GPU", *memory_name = "GPU memory";
 
+enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blocks and much to do
+
 typedef struct Input { int64_t position; int tokens[]; } Input;     // of the token to come; tokens (rows)
 
 // The shares of attention before they are merged: branch, row, head, split. Maximum of the scores, sum of exp, sum of exp · value.
@@ -571,7 +573,7 @@ typedef struct CompressStep {
 } CompressStep;
 
 // The block that this token completes, if it does, goes into the cache: a block of threads for each (row, kv), and for k and v.
-__global__ void compress_kernel(CompressStep a) {
+__global__ void __launch_bounds__(MOST_THREADS) compress_kernel(CompressStep a) {
     const int64_t t = a.input->position, seen = compressed_seen(t, a.block, a.stride), first = (seen - 1) * a.stride;
     if (seen == compressed_seen(t - 1, a.block, a.stride)) return;
     const int v = (int)blockIdx.y, D = a.width[v], most = a.width[0] > a.width[1] ? a.width[0] : a.width[1], mlp = a.kind == COMPRESS_MLP || a.kind == COMPRESS_GROUPED_MLP;
@@ -770,7 +772,7 @@ __device__ static inline int block_count(int x, int *counts) {
 // idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
-__global__ void select_kernel(int *block_idx, float *scores, int64_t slots, float *importance, int64_t most_blocks, Parts parts, const Input *input, DecodeShape s) {
+__global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, float *scores, int64_t slots, float *importance, int64_t most_blocks, Parts parts, const Input *input, DecodeShape s) {
     extern __shared__ float lse[];      // (G)
     __shared__ int counts[2][WARP];
     const SelectShape *sel = &s.select;
@@ -915,9 +917,9 @@ static void decode_attention(Decoder *d, int layer) {
         const CompressStep step = {a->flat, a->hidden, a->compressed, a->angles, a->device_input, *cache, {w->compress[0], w->compress[1]},
                                    s.KV, {s.D, s.Dv}, c->cmp_block, c->cmp_stride, c->compress};
         const int64_t slots = cache->branch[CMP].slots, outputs = 2 * max64(s.D, s.Dv), most_blocks = d->capacity / c->sel_block + 1;
-        compress_kernel<<<dim3((unsigned)lists, 2), (unsigned)min64(1024, outputs * WARP), 0, a->stream>>>(step);
+        compress_kernel<<<dim3((unsigned)lists, 2), (unsigned)min64(MOST_THREADS, outputs * WARP), 0, a->stream>>>(step);
         attend_kernel<<<dim3(heads, splits, 2), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);     // CMP and WIN
-        select_kernel<<<(unsigned)lists, (unsigned)min64(1024, round_up(max64(slots, 1), WARP)), (size_t)s.G * sizeof(float), a->stream>>>(
+        select_kernel<<<(unsigned)lists, (unsigned)min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), (size_t)s.G * sizeof(float), a->stream>>>(
             a->block_idx, a->scores, slots, a->importance, most_blocks, a->parts, a->device_input, s);
         attend.branch = SLC;
         attend_kernel<<<dim3(heads, splits, 1), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);
