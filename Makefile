@@ -132,8 +132,8 @@ build/fuzz_readers: test/fuzz_readers.c $(EMBEDDED) build/flags
 build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
 	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
 
-# the GPU program: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
-ifneq ($(and $(NVCC),$(filter train_nsacu build/test_nsa_cu build/attention test-gpu,$(MAKECMDGOALS))),)
+# the GPU programs: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
+ifneq ($(and $(NVCC),$(filter train_nsacu samplecu build/test_nsa_cu build/test_sample_cu build/attention test-gpu,$(MAKECMDGOALS))),)
   GPU_HERE := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null | head -n 1))
   GPU_KNOWN := $(filter 80 89 90 100,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
   GPU_ARCH ?= $(if $(GPU_HERE),-arch=sm_$(GPU_HERE),$(foreach a,$(GPU_KNOWN),-gencode=arch=compute_$(a)$(,)code=sm_$(a)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
@@ -142,21 +142,32 @@ endif
 NVCC_FLAGS ?= -O3
 NVCC_ALL = -std=c++17 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
 
-train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
-	$(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
+CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
+
+train_nsacu: $(CU_SOURCES)
+	$(NEEDS_NVCC)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
-build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+samplecu: sample.c $(CU_SOURCES)
+	$(NEEDS_NVCC)
+	$(NVCC) $(NVCC_ALL) -DNSA_CU -x cu $< -o $@ -lcublasLt
+
+build/test_nsa_cu: test/test_nsa.cu $(CU_SOURCES)
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
+
+build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # kernels alone, one family a program: every version against the CPU, and with `bench` their times
-build/attention: dev/cuda/attention.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+build/attention: dev/cuda/attention.cu $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # the GPU against the CPU
-test-gpu: train_nsa train_nsacu build/test_nsa_cu
-	@sh test/run_tests.sh build/test_nsa_cu test/gpu.sh
+test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu
+	@sh test/run_tests.sh build/test_nsa_cu build/test_sample_cu test/gpu.sh
 	@START_DELAY=1 TRAIN=./train_nsacu sh test/run_tests.sh test/test_resume.sh
+	@START_DELAY=1 SAMPLE=./samplecu sh test/run_tests.sh test/test_sample.sh
 
 # The same without a GPU: test/cuda_on_cpu runs the kernels on the CPU. It finds wrong results, races of order, accesses out of
 # bounds (EMULATE="-O1 -fsanitize=address,undefined"), not slowness.
@@ -173,12 +184,17 @@ build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
 build/attention_emulated: build/emulated/dev/cuda/attention.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
-test-gpu-emulated: train_nsa build/train_nsacu_emulated build/test_nsa_cu_emulated
-	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated test/gpu.sh
+build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)
+	$(EMULATED) -DNSA_CU $< -o $@
+build/test_sample_cu_emulated: build/emulated/test/test_sample.cu build/emulated/test/test_sample.c build/emulated/sample.c $(TRANSLATED)
+	$(EMULATED) $< -o $@
+test-gpu-emulated: train_nsa build/train_nsacu_emulated build/samplecu_emulated build/test_nsa_cu_emulated build/test_sample_cu_emulated
+	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated build/test_sample_cu_emulated test/gpu.sh
 	@TRAIN=build/train_nsacu_emulated sh test/run_tests.sh test/test_resume.sh
+	@SAMPLE=build/samplecu_emulated sh test/run_tests.sh test/test_sample.sh
 
 clean:
-	rm -rf build train_nsa sample train_nsacu data/tales
+	rm -rf build train_nsa sample train_nsacu samplecu data/tales
 
 help:
 	@echo "make             the programs: $(PROGRAMS)"
@@ -189,6 +205,7 @@ help:
 	@echo "make bench       times the CPU program: peak, matrix products, training steps, attention"
 	@echo "make tales       data/tales, the generator of the built-in corpus and of long-range tasks"
 	@echo "make train_nsacu the GPU program (nvcc, cuBLAS); GPU_ARCH=-arch=sm_90 chooses the GPU"
+	@echo "make samplecu    the sampler on the GPU"
 	@echo "make test-gpu    the GPU against the CPU"
 	@echo "make test-gpu-emulated  the same without a GPU, the kernels run by the CPU"
 	@echo "make clean       removes what was built; runs in out/ stay"

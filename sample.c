@@ -5,6 +5,8 @@ nsa.c: text from a trained model, one token at the cost of one token.
     ./sample -e out/run_001/latest -p "Once upon a time"
     ./sample --help
 
+samplecu is the same program on a GPU: `make samplecu` compiles this file with train_nsa.cu in the place of train_nsa.c.
+
 Training computes all tokens of a text at once. Here each new token needs the keys and values of the old
 ones, and they are kept. NSA makes that cheap to read:
 
@@ -17,7 +19,8 @@ ones, and they are kept. NSA makes that cheap to read:
 A block is compressed when its last token comes; until then its raw keys and values wait in a tail of at
 most l tokens.
 
-The sections: 1. decoding with a cache, 2. drawing a token, 3. the command line, 4. text in and out, main.
+The sections: 1. what is kept, 2. decoding on the CPU (sample), 3. decoding on the GPU (samplecu), 4. the decoder,
+5. drawing a token, 6. the command line, 7. text in and out, main.
 
 SPDX-License-Identifier: MIT
 */
@@ -32,15 +35,14 @@ SPDX-License-Identifier: MIT
 #include <sys/resource.h>
 
 // ----------------------------------------------------------------------------
-// 1. Decoding with a cache. The rest of the program sees a Decoder and four functions:
-//   decoder_create, decoder_prefill (the prompt in one pass), decoder_step (one token more), decoder_free.
+// 1. What is kept
 
 // Keys (rows,KV,slots,D) and values (rows,KV,slots,Dv): what one query reads lies together.
 typedef struct KeyCache { real *k, *v; int64_t slots; } KeyCache;
 
 typedef struct LayerCache {
     KeyCache branch[BRANCHES];      // a full-attention layer has the first one only, for every token
-    real *tail[2];                  // (rows,l,KV·D), (rows,l,KV·Dv): raw k_cmp and v_cmp since the first token of the next block
+    real *tail[2];                  // (rows,l,KV·D), (rows,l,KV·Dv): raw k_cmp and v_cmp that later blocks need
 } LayerCache;
 
 typedef struct Decoder {
@@ -48,11 +50,22 @@ typedef struct Decoder {
     int rows;                       // texts side by side, all of the same length
     int64_t length, capacity;       // tokens in the caches, and how many they have room for
     LayerCache *layers;
-    real *angles;                   // (2,D): RoPE of this token, and of the first token of the block it completes
-    real *compressed, *hidden;      // a block that is being compressed: (rows,KV,D | Dv), (rows,KV,2D | 2Dv)
-    real *scratch;                  // for each thread: scores (G,capacity), importance (capacity)
-    real *logits;                   // (rows,V)
+    real *logits;                   // (rows,V), in the host's memory
+    struct Working *work;           // what sections 2 and 3 compute with
 } Decoder;
+
+// The sections 2 and 3 each bring:
+void decoder_open(Decoder *d);                                  // what does not depend on the capacity
+void decoder_close(Decoder *d);
+void decoder_room(Decoder *d);                                  // what does
+int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens);
+real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width);    // the same lists with more slots
+void lists_free(real *lists);
+void prefill_begin(Decoder *d, const int *tokens, int64_t T);   // the prompt into the first layer,
+void prefill_layer(Decoder *d, int layer, int64_t T);           // through a layer, and what that leaves into the caches
+void prompt_choices(const Decoder *d, int layer, int64_t T, int *block_idx, real *gates);       // (T,KV,n), (T,H,3) of that layer
+void prompt_logits(Decoder *d, int64_t first, int64_t n, real *logits);                         // (n,V) behind tokens first..
+void decode_token(Decoder *d, const int *tokens);               // one token more in each row, into d->logits
 
 int64_t cache_slots(const Config *c, int layer, int branch, int64_t capacity) {
     if (layer_is_full(c, layer) || branch == SLC) return capacity;
@@ -74,34 +87,59 @@ void cache_bytes(int64_t bytes[CACHE_KINDS], const Config *c, int rows, int64_t 
     }
 }
 
-void decoder_create(Decoder *d, Model *m, int rows) {
-    const Config *c = &m->config;
-    const int64_t D = c->head_dim, Dv = c->v_head_dim, n = (int64_t)rows * c->num_key_value_heads;
-    memset(d, 0, sizeof *d);
-    d->model = m;
-    d->rows = rows;
-    d->layers = (LayerCache *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerCache));
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        for (int i = 0; i < 2 && !layer_is_full(c, l); i++)
-            d->layers[l].tail[i] = (real *)xmalloc((size_t)(n * c->cmp_block * (i ? Dv : D)) * sizeof(real));
-    d->angles = (real *)xmalloc((size_t)(2 * D) * sizeof(real));
-    d->compressed = (real *)xmalloc((size_t)(n * max64(D, Dv)) * sizeof(real));
-    d->hidden = (real *)xmalloc((size_t)(n * compress_hidden(c->compress, (int)max64(D, Dv))) * sizeof(real));
-    d->logits = (real *)xmalloc((size_t)rows * (size_t)c->vocab_size * sizeof(real));
+// ----------------------------------------------------------------------------
+// 2. Decoding on the CPU. The tail holds the tokens since the first one of the next block.
+
+#ifndef NSA_CU
+static const char *device_name = "machine", *memory_name = "memory";
+
+typedef struct Working {
+    real *angles;                   // (2,D): RoPE of this token, and of the first token of the block it completes
+    real *compressed, *hidden;      // a block that is being compressed: (rows,KV,D | Dv), (rows,KV,2D | 2Dv)
+    real *scratch;                  // for each thread: scores (G,capacity), importance (capacity)
+} Working;
+
+static int64_t thread_scratch(const Config *c, int64_t capacity) {
+    return thread_count() * (c->num_attention_heads / c->num_key_value_heads + 1) * capacity;
 }
 
-void decoder_free(Decoder *d) {
-    for (int l = 0; l < d->model->config.num_hidden_layers; l++) {
-        for (int b = 0; b < BRANCHES; b++) { free(d->layers[l].branch[b].k); free(d->layers[l].branch[b].v); }
-        for (int i = 0; i < 2; i++) free(d->layers[l].tail[i]);
-    }
-    void *all[] = {d->layers, d->angles, d->compressed, d->hidden, d->scratch, d->logits};
+void decoder_open(Decoder *d) {
+    const Config *c = &d->model->config;
+    const int64_t D = c->head_dim, Dv = c->v_head_dim, n = (int64_t)d->rows * c->num_key_value_heads;
+    Working *w = d->work = (Working *)xcalloc(1, sizeof(Working));
+    w->angles = (real *)xmalloc((size_t)(2 * D) * sizeof(real));
+    w->compressed = (real *)xmalloc((size_t)(n * max64(D, Dv)) * sizeof(real));
+    w->hidden = (real *)xmalloc((size_t)(n * compress_hidden(c->compress, (int)max64(D, Dv))) * sizeof(real));
+    d->logits = (real *)xmalloc((size_t)d->rows * (size_t)c->vocab_size * sizeof(real));
+}
+
+void decoder_close(Decoder *d) {
+    void *all[] = {d->work->angles, d->work->compressed, d->work->hidden, d->work->scratch, d->work, d->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-    memset(d, 0, sizeof *d);
 }
 
-// The same lists with more slots.
-real *grow_lists(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width) {
+void decoder_room(Decoder *d) {
+    free(d->work->scratch);
+    d->work->scratch = (real *)xmalloc((size_t)thread_scratch(&d->model->config, d->capacity) * sizeof(real));
+}
+
+int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
+    (void)rows;
+    return thread_scratch(c, tokens) * (int64_t)sizeof(real);
+}
+
+int64_t peak_memory(const Decoder *d) {
+    struct rusage usage;
+    (void)d;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (int64_t)usage.ru_maxrss;
+#else
+    return 1024 * (int64_t)usage.ru_maxrss;
+#endif
+}
+
+real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width) {
     real *grown = (real *)xmalloc((size_t)(lists * slots * width) * sizeof(real));
     for (int64_t i = 0; i < lists && old; i++)
         memcpy(grown + i * slots * width, old + i * old_slots * width, (size_t)(old_slots * width) * sizeof(real));
@@ -109,24 +147,7 @@ real *grow_lists(real *old, int64_t lists, int64_t old_slots, int64_t slots, int
     return grown;
 }
 
-// Room for `tokens` tokens. A ring that is not as long as the window yet has not wrapped either.
-void decoder_reserve(Decoder *d, int64_t tokens) {
-    const Config *c = &d->model->config;
-    const int64_t lists = (int64_t)d->rows * c->num_key_value_heads, G = c->num_attention_heads / c->num_key_value_heads;
-    if (tokens <= d->capacity) return;
-    d->capacity = max64(tokens, d->capacity + d->capacity / 2);
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        for (int b = 0; b < cache_branches(c, l); b++) {
-            KeyCache *cache = &d->layers[l].branch[b];
-            const int64_t slots = cache_slots(c, l, b, d->capacity);
-            if (cache->k && slots == cache->slots) continue;
-            cache->k = grow_lists(cache->k, lists, cache->slots, slots, c->head_dim);
-            cache->v = grow_lists(cache->v, lists, cache->slots, slots, c->v_head_dim);
-            cache->slots = slots;
-        }
-    free(d->scratch);
-    d->scratch = (real *)xmalloc((size_t)(thread_count() * (G + 1) * d->capacity) * sizeof(real));
-}
+void lists_free(real *lists) { free(lists); }
 
 // Puts x (n,KV,width), x_row apart, into slots `first` and on of one row's lists (KV,slots,width); a ring goes round.
 void lists_put(real *lists, int64_t slots, int64_t first, const real *x, int64_t x_row, int64_t n, int kv, int64_t width) {
@@ -171,84 +192,27 @@ void cache_fill(Decoder *d, int layer, int64_t T) {
         }
 }
 
-// The logits of every token of the prompt, some rows at a time: (T,V) may be larger than the model.
-int write_logits(Model *m, const real *x, int64_t T, const char *path, char *err) {
-    const int64_t C = m->config.hidden_size, V = m->config.vocab_size, rows = logit_rows(&m->config, T), shape[2] = {T, V};
-    StWriter w;
-    if (st_writer_begin(&w, path, err) < 0) return -1;
-    st_writer_tensor(&w, "logits", ST_F32, 2, shape);
-    if (st_writer_header(&w, err) < 0) return -1;
-    for (int64_t i = 0; i < T; i += rows) {
-        const int64_t n = min64(rows, T - i);
-        rmsnorm_forward(m->scratch.norm, m->final_rstd, x + i * C, m->norm, n, C, m->config.rms_norm_eps);
-        linear_forward(m->scratch.logits, V, m->scratch.norm, C, m->head, n, C, V);
-        if (st_writer_real(&w, m->scratch.logits, n * V, ST_F32, err) < 0) return -1;
-    }
-    return st_writer_end(&w, err);
+void prefill_begin(Decoder *d, const int *tokens, int64_t T) { model_embed(d->model, tokens, 1, T, NULL); }
+
+void prefill_layer(Decoder *d, int layer, int64_t T) {
+    model_layer_forward(d->model, layer, 1, T, NULL);
+    cache_fill(d, layer, T);
 }
 
-// Begins the file of --dump-attention: which blocks each token chose and its gates, for every NSA layer.
-int attention_dump_begin(StWriter *w, const Config *c, const int *tokens, int64_t T, const char *path, char *err) {
-    const int64_t block_idx[3] = {T, c->num_key_value_heads, c->sel_blocks}, gates[3] = {T, c->num_attention_heads, BRANCHES};
-    Text config = {NULL, 0, 0};
-    if (st_writer_begin(w, path, err) < 0) return -1;
-    config_write(c, &config);
-    st_writer_meta(w, "config", config.data);
-    free(config.data);
-    st_writer_tensor(w, "tokens", ST_I32, 1, &T);
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        char name[80];
-        if (layer_is_full(c, l)) continue;
-        snprintf(name, sizeof name, "model.layers.%d.self_attn.block_idx", l);
-        st_writer_tensor(w, name, ST_I32, 3, block_idx);
-        snprintf(name, sizeof name, "model.layers.%d.self_attn.gates", l);
-        st_writer_tensor(w, name, ST_F32, 3, gates);
-    }
-    return st_writer_header(w, err) < 0 ? -1 : st_writer_data(w, tokens, T * (int64_t)sizeof(int), err);
+void prompt_choices(const Decoder *d, int layer, int64_t T, int *block_idx, real *gates) {
+    const Config *c = &d->model->config;
+    const LayerActs *a = &d->model->acts[layer];
+    memcpy(block_idx, a->block_idx, (size_t)(T * c->num_key_value_heads * c->sel_blocks) * sizeof(int));
+    memcpy(gates, a->gates, (size_t)(T * c->num_attention_heads * BRANCHES) * sizeof(real));
 }
 
-int attention_dump_layer(StWriter *w, const Model *m, int layer, int64_t T, char *err) {
-    const Config *c = &m->config;
-    const LayerActs *a = &m->acts[layer];
-    if (layer_is_full(c, layer)) return 0;
-    if (st_writer_data(w, a->block_idx, T * c->num_key_value_heads * c->sel_blocks * (int64_t)sizeof(int), err) < 0) return -1;
-    return st_writer_real(w, a->gates, T * c->num_attention_heads * BRANCHES, ST_F32, err);
-}
-
-// Logits of n rows of the last layer's output.
-void decoder_head(Decoder *d, const real *x, int64_t n) {
+// Logits of n rows of the last layer's output, from row `first` on.
+void prompt_logits(Decoder *d, int64_t first, int64_t n, real *logits) {
     Model *m = d->model;
     const int64_t C = m->config.hidden_size, V = m->config.vocab_size;
-    rmsnorm_forward(m->scratch.norm, m->final_rstd, x, m->norm, n, C, m->config.rms_norm_eps);
-    linear_forward(d->logits, V, m->scratch.norm, C, m->head, n, C, V);
-}
-
-// Starts every row with the same T tokens, in one pass of the training forward, whose memory is given back before decoding.
-// Returns the logits (rows,V) behind the last token. dump_logits and dump_attention: files to write, or NULL.
-const real *decoder_prefill(Decoder *d, const int *tokens, int64_t T, const char *dump_logits, const char *dump_attention) {
-    Model *m = d->model;
-    const Config *c = &m->config;
-    const int64_t C = c->hidden_size, V = c->vocab_size;
-    char err[ERR_LEN];
-    StWriter attention;
-    d->length = 0;
-    decoder_reserve(d, T);
-    model_alloc(m, 1, T, 0, 0);
-    if (dump_attention && attention_dump_begin(&attention, c, tokens, T, dump_attention, err) < 0) die(1, "%s", err);
-    model_embed(m, tokens, 1, T, NULL);
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        model_layer_forward(m, l, 1, T, NULL);
-        cache_fill(d, l, T);
-        if (dump_attention && attention_dump_layer(&attention, m, l, T, err) < 0) die(1, "%s", err);
-    }
-    if (dump_attention && st_writer_end(&attention, err) < 0) die(1, "%s", err);
-    const real *x = m->acts[c->num_hidden_layers - 1].out;
-    if (dump_logits && write_logits(m, x, T, dump_logits, err) < 0) die(1, "%s", err);
-    decoder_head(d, x + (T - 1) * C, 1);
-    for (int r = 1; r < d->rows; r++) memcpy(d->logits + r * V, d->logits, (size_t)V * sizeof(real));
-    d->length = T;
-    model_alloc(m, d->rows, 1, 0, 0);
-    return d->logits;
+    const real *x = m->acts[m->config.num_hidden_layers - 1].out;
+    rmsnorm_forward(m->scratch.norm, m->final_rstd, x + first * C, m->norm, n, C, m->config.rms_norm_eps);
+    linear_forward(logits, V, m->scratch.norm, C, m->head, n, C, V);
 }
 
 // p (G,keys), rows p_row apart = scale · q (G,D) · k (keys,D)ᵀ. There is no tile here for registers to hold: what counts is to
@@ -317,11 +281,11 @@ void compress_tail(Decoder *d, int layer, int64_t t) {
         const int64_t D = v ? c->v_head_dim : c->head_dim, slots = cache->branch[CMP].slots;
         const CompressShape shape = compress_shape(c, d->rows, l, KV * D, v);
         real *lists = v ? cache->branch[CMP].v : cache->branch[CMP].k;
-        compress_forward(d->compressed, d->hidden, cache->tail[v], &m->layers[layer].compress[v], &shape, m->scratch.compress);
-        if (!v) rope(d->compressed, KV * D, d->angles + D, d->rows, 1, 0, (int)KV, (int)D, 1);
+        compress_forward(d->work->compressed, d->work->hidden, cache->tail[v], &m->layers[layer].compress[v], &shape, m->scratch.compress);
+        if (!v) rope(d->work->compressed, KV * D, d->work->angles + D, d->rows, 1, 0, (int)KV, (int)D, 1);
         for (int r = 0; r < d->rows; r++) {
             real *tail = cache->tail[v] + r * l * KV * D;
-            lists_put(lists + r * KV * slots * D, slots, i, d->compressed + r * KV * D, KV * D, 1, (int)KV, D);
+            lists_put(lists + r * KV * slots * D, slots, i, d->work->compressed + r * KV * D, KV * D, 1, (int)KV, D);
             memmove(tail, tail + stride * KV * D, (size_t)((l - stride) * KV * D) * sizeof(real));
         }
     }
@@ -344,10 +308,10 @@ void decode_attention(Decoder *d, int layer) {
     rmsnorm_forward(s->norm, a->rstd1, a->x, w->norm1, rows, C, c->rms_norm_eps);
     linear_forward(a->wide, row.size, s->norm, C, w->wide, rows, C, row.size);
     if (nsa) gates_forward(a->gates, a->wide + row.gate, row.size, a->wide, row.size, w->gate_weight, w->gate_bias, rows, H, D, c->gate);
-    rope(a->wide, row.size, d->angles, rows, 1, 0, H, D, 1);
+    rope(a->wide, row.size, d->work->angles, rows, 1, 0, H, D, 1);
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
-        if (!compressed) rope(a->wide + row.k[b], row.size, d->angles, rows, 1, 0, KV, D, 1);
+        if (!compressed) rope(a->wide + row.k[b], row.size, d->work->angles, rows, 1, 0, KV, D, 1);
         for (int r = 0; r < rows; r++) {
             const real *k = a->wide + r * row.size + row.k[b], *v = a->wide + r * row.size + row.v[b];
             if (compressed) tail_put(cache, c, r, t - before * c->cmp_stride, k, v, row.size, 1);
@@ -359,7 +323,7 @@ void decode_attention(Decoder *d, int layer) {
     #pragma omp parallel for schedule(dynamic) if (rows * t * H * D > 65536)
     for (int64_t item = 0; item < (int64_t)rows * KV; item++) {     // item = row·KV + kv
         const real *q = a->wide + item / KV * row.size + row.q + item % KV * G * D;
-        real *p = d->scratch + thread_index() * (G + 1) * d->capacity;
+        real *p = d->work->scratch + thread_index() * (G + 1) * d->capacity;
         int *idx = nsa ? a->block_idx + item * c->sel_blocks : NULL;
         for (int b = 0; b < row.branches; b++) {
             const KeyCache *keys = &cache->branch[b];
@@ -382,25 +346,962 @@ void decode_attention(Decoder *d, int layer) {
     add_residual(a->mid, a->x, s->y, rows * C);
 }
 
-// Appends one token to each row, tokens (rows); returns the logits (rows,V) behind them.
-const real *decoder_step(Decoder *d, const int *tokens) {
+void decode_token(Decoder *d, const int *tokens) {
     Model *m = d->model;
     const Config *c = &m->config;
-    decoder_reserve(d, d->length + 1);
-    rope_angles(d->angles, d->length, c->head_dim, c->rope_theta);
-    rope_angles(d->angles + c->head_dim, max64(0, d->length + 1 - c->cmp_block), c->head_dim, c->rope_theta);
+    rope_angles(d->work->angles, d->length, c->head_dim, c->rope_theta);
+    rope_angles(d->work->angles + c->head_dim, max64(0, d->length + 1 - c->cmp_block), c->head_dim, c->rope_theta);
     model_embed(m, tokens, d->rows, 1, NULL);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         decode_attention(d, l);
         ffn_layer_forward(m, l, d->rows, 1, NULL);
     }
+    prompt_logits(d, 0, d->rows, d->logits);
+}
+#endif
+
+// ----------------------------------------------------------------------------
+// 3. Decoding on the GPU. One token is one CUDA graph: some ten small kernels a layer, recorded once and launched again for every
+// token. What changes from token to token, the tokens and their position, is the graph's input, which the kernels read from memory;
+// it is recorded anew only when the caches move to a larger place. All that is long is shared out among the whole GPU:
+//
+//     linear           a warp for each output reads its row of the weights once
+//     token_kernel     gates, RoPE, the token's keys and values into the caches
+//     compress_kernel  a block of tokens that is complete becomes a compressed key and value
+//     attend_kernel    a share of one branch's keys, for the heads that have them in common; merge_kernel puts the shares together
+//     select_kernel    which blocks the selection branch reads, from the scores of the compressed branch
+//
+// No atomics, and shares that depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
+
+#ifdef NSA_CU
+static const char *device_name = "GPU", *memory_name = "GPU memory";
+
+enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blocks and much to do
+
+typedef struct Input { int64_t position; int tokens[]; } Input;     // of the token to come; tokens (rows)
+
+// The shares of attention before they are merged: branch, row, head, split. Maximum of the scores, sum of exp, sum of exp · value.
+typedef struct Shares { float *top, *sum, *out; } Shares;
+
+typedef struct Working {
+    cudaStream_t stream;
+    cudaGraphExec_t graph;          // NULL: to be recorded
+    Input *input;                   // in the host's memory
+    int64_t free_bytes;             // before anything was taken
+    int64_t least_free_bytes;       // since then
+    int splits;                     // shares of each list of keys
+    float *memory;                  // of all that follows, on the GPU
+    Input *device_input;
+    double *frequency;              // (D/2) RoPE: what a pair turns by from one position to the next
+    float *angles;                  // (2,D): RoPE of this token, and of the first token of the block it completes
+    float *x, *mid;                 // (rows,C) residual stream before and behind attention
+    float *wide, *gates;            // (rows,wide), (rows,H,3)
+    float *flat, *hidden, *compressed;          // (rows,KV,2,l·D), (rows,KV,2,2D), (rows,KV,2,D): blocks that are being compressed
+    float *scores, *importance;     // (rows,H,slots) of the compressed branch, (rows,KV,blocks)
+    int *block_idx;                 // (rows,KV,n)
+    Shares parts;
+    float *attention;               // (rows,H,Dv)
+    float *ffn;                     // (rows,F), or of the chosen experts (rows,k,Fe)
+    float *router, *share;          // (rows,E), (rows,k)
+    int *choice;                    // (rows,k)
+    float *logits;                  // (rows,V)
+} Working;
+
+// What the kernels of attention must know of the model.
+typedef struct DecodeShape { int full, rows, H, KV, G, D, Dv, window, splits; SelectShape select; } DecodeShape;
+
+static DecodeShape decode_shape(const Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const int H = c->num_attention_heads, KV = c->num_key_value_heads;
+    DecodeShape s = {layer_is_full(c, layer), d->rows, H, KV, H / KV, c->head_dim, c->v_head_dim, c->window, d->work->splits, select_shape(c)};
+    return s;
+}
+
+// ----------------------------------------------------------------------------
+// Linear maps of few rows: what counts is to read the weights once, 16 bytes at a time where they lie so.
+
+enum { LINEAR_ROWS = 8 };       // rows that a warp meets its weights with at once
+
+__device__ static inline float4 load4(const float *x, int64_t left, int aligned) {
+    return aligned ? *(const float4 *)x : make_float4(x[0], left > 1 ? x[1] : 0, left > 2 ? x[2] : 0, left > 3 ? x[3] : 0);
+}
+
+// A warp: dot[r] = Σ_j weight[j]·norm[j]·x[r,j], and with norm square[r] = Σ_j x[r,j]², for `rows` <= ROWS rows of x.
+template <int ROWS>
+__device__ static inline void warp_dots(float *dot, float *square, const float *weight, const float *norm, const float *x, int rows, int64_t c) {
+    const int aligned = c % 4 == 0 && ((uintptr_t)weight | (uintptr_t)norm | (uintptr_t)x) % 16 == 0;
+    for (int r = 0; r < ROWS; r++) dot[r] = square[r] = 0;
+    #pragma unroll 4
+    for (int64_t j = 4 * lane(); j < c; j += 4 * WARP) {
+        float4 w = load4(weight + j, c - j, aligned);
+        if (norm) {
+            const float4 g = load4(norm + j, c - j, aligned);
+            w = make_float4(w.x * g.x, w.y * g.y, w.z * g.z, w.w * g.w);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            if (r >= rows) continue;
+            const float4 y = load4(x + r * c + j, c - j, aligned);
+            dot[r] += w.x * y.x + w.y * y.y + w.z * y.z + w.w * y.w;
+            square[r] += y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        if (r < rows) dot[r] = warp_sum(dot[r]);
+        if (r < rows && norm) square[r] = warp_sum(square[r]);
+    }
+}
+
+__device__ static inline float warp_dot(const float *weight, const float *x, int64_t c) {
+    float dot, square;
+    warp_dots<1>(&dot, &square, weight, NULL, x, 1, c);
+    return dot;
+}
+
+// out (rows,oc) = [add +] [rmsnorm](x (rows,c)) · weight (oc,c)ᵀ. With swiglu weight is (2oc,c), gate and up: out = silu(gate)·up.
+typedef struct Linear {
+    float *out;
+    const float *add, *norm, *x, *weight;       // add, norm: or NULL
+    int64_t rows, c, oc;
+    double eps;
+    int swiglu;
+} Linear;
+
+template <int ROWS>
+__device__ static inline void warp_linear(float *y, const Linear *a, const float *weight, int64_t r0, int rows) {
+    float square[ROWS];
+    warp_dots<ROWS>(y, square, weight, a->norm, a->x + r0 * a->c, rows, a->c);
+    for (int r = 0; r < ROWS && a->norm; r++) y[r] *= (float)(1 / sqrt((double)square[r] / (double)a->c + a->eps));
+}
+
+template <int ROWS>
+__global__ void linear_kernel(Linear a) {
+    const int64_t item = global_warp(), o = item % a.oc, r0 = item / a.oc * ROWS;
+    if (r0 >= a.rows) return;
+    const int rows = (int)min64(ROWS, a.rows - r0);
+    float y[ROWS], up[ROWS];
+    warp_linear<ROWS>(y, &a, a.weight + o * a.c, r0, rows);
+    if (a.swiglu) warp_linear<ROWS>(up, &a, a.weight + (a.oc + o) * a.c, r0, rows);
+    for (int r = 0; r < ROWS; r++) {
+        if (lane() > 0 || r >= rows) continue;
+        const int64_t at = (r0 + r) * a.oc + o;
+        a.out[at] = (a.add ? a.add[at] : 0) + (a.swiglu ? y[r] * sigmoid(y[r]) * up[r] : y[r]);
+    }
+}
+
+static void linear(cudaStream_t stream, float *out, const float *add, const float *norm, double eps, const float *x, const float *weight,
+                   int64_t rows, int64_t c, int64_t oc, int swiglu) {
+    const Linear a = {out, add, norm, x, weight, rows, c, oc, eps, swiglu};
+    if (rows == 1) linear_kernel<1><<<grid(oc, WARPS), THREADS, 0, stream>>>(a);
+    else linear_kernel<LINEAR_ROWS><<<grid((rows + LINEAR_ROWS - 1) / LINEAR_ROWS * oc, WARPS), THREADS, 0, stream>>>(a);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// The token and its keys
+
+// x (rows,C) = the tokens' embeddings; the first block makes the angles too.
+__global__ void begin_kernel(float *x, float *angles, const Input *input, const float *embed, int64_t c, const double *frequency, int half, int cmp_block) {
+    const int64_t row = blockIdx.x, token = input->tokens[row], t = input->position;
+    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) x[row * c + j] = embed[token * c + j];
+    if (row > 0) return;
+    for (int i = threadIdx.x; i < 2 * half; i += blockDim.x) {
+        const double angle = (double)(i < half ? t : max64(0, t + 1 - cmp_block)) * frequency[i % half];
+        float *row_of = angles + i / half * 2 * half + i % half;
+        row_of[0] = (float)cos(angle);
+        row_of[half] = (float)sin(angle);
+    }
+}
+
+// Channel c of x (D) turned by RoPE.
+__device__ static inline float turned(const float *x, const float *angles, int c, int d) {
+    const int half = d / 2, j = c % half;
+    return c < half ? x[j] * angles[j] - x[j + half] * angles[half + j] : x[j + half] * angles[j] + x[j] * angles[half + j];
+}
+
+typedef struct TokenCall {
+    float *wide, *gates;
+    const float *gate_weight, *gate_bias, *angles;
+    const Input *input;
+    WideRow row;
+    LayerCache cache;
+    DecodeShape s;
+    int gate;
+} TokenCall;
+
+// A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches.
+__global__ void token_kernel(TokenCall a) {
+    const DecodeShape *s = &a.s;
+    const int64_t r = blockIdx.x, t = a.input->position;
+    const int D = s->D, Dv = s->Dv, half = D / 2;
+    float *wide = a.wide + r * a.row.size;
+    for (int j = threadIdx.x; j < BRANCHES * s->H && !s->full; j += blockDim.x) {
+        float x = a.gate_bias[j];
+        if (a.gate == GATE_INPUT) x += wide[a.row.gate + j];
+        if (a.gate == GATE_Q_COND)
+            for (int c = 0; c < D; c++) x += a.gate_weight[j * D + c] * wide[j / BRANCHES * D + c];
+        a.gates[r * BRANCHES * s->H + j] = sigmoid(x);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < s->H * half; i += blockDim.x) {
+        float *q = wide + i / half * D;
+        const float first = turned(q, a.angles, i % half, D), second = turned(q, a.angles, i % half + half, D);
+        q[i % half] = first;
+        q[i % half + half] = second;
+    }
+    for (int b = 0; b < a.row.branches; b++) {
+        const float *k = wide + a.row.k[b], *v = wide + a.row.v[b];
+        if (b == CMP && !s->full) {     // as they are, until their block is complete
+            const int64_t at = r * s->select.cmp_block + t % s->select.cmp_block;
+            for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) a.cache.tail[0][at * s->KV * D + i] = k[i];
+            for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) a.cache.tail[1][at * s->KV * Dv + i] = v[i];
+            continue;
+        }
+        const KeyCache *to = &a.cache.branch[b];
+        const int64_t slot = t % to->slots;
+        for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) to->k[((r * s->KV + i / D) * to->slots + slot) * D + i % D] = turned(k + i / D * D, a.angles, i % D, D);
+        for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) to->v[((r * s->KV + i / Dv) * to->slots + slot) * Dv + i % Dv] = v[i];
+    }
+}
+
+typedef struct CompressStep {
+    float *flat, *hidden, *result;      // of the widest of k and v
+    const float *angles;
+    const Input *input;
+    LayerCache cache;
+    CompressWeights weights[2];
+    int KV, width[2], block, stride, kind;
+} CompressStep;
+
+// The block that this token completes, if it does, goes into the cache: a block of threads for each (row, kv), and for k and v.
+__global__ void __launch_bounds__(MOST_THREADS) compress_kernel(CompressStep a) {
+    const int64_t t = a.input->position, seen = compressed_seen(t, a.block, a.stride), first = (seen - 1) * a.stride;
+    if (seen == compressed_seen(t - 1, a.block, a.stride)) return;
+    const int v = (int)blockIdx.y, D = a.width[v], most = a.width[0] > a.width[1] ? a.width[0] : a.width[1], mlp = a.kind == COMPRESS_MLP || a.kind == COMPRESS_GROUPED_MLP;
+    const int64_t list = blockIdx.x, place = 2 * list + v, kv = list % a.KV, set = a.kind == COMPRESS_MLP ? 0 : kv, LD = (int64_t)a.block * D;
+    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const CompressWeights *w = &a.weights[v];
+    float *flat = a.flat + place * a.block * most, *hidden = a.hidden + place * 2 * most, *result = a.result + place * most;
+
+    for (int i = threadIdx.x; i < LD; i += blockDim.x) {
+        const int64_t at = list / a.KV * a.block + (first + i / D) % a.block;
+        flat[i] = a.cache.tail[v][(at * a.KV + kv) * D + i % D] + (w->pos ? w->pos[i] : 0);
+    }
+    __syncthreads();
+    for (int u = warp; u < 2 * D && mlp; u += warps) {
+        const float x = warp_dot(w->fc1 + (set * 2 * D + u) * LD, flat, LD) + w->fc1_bias[set * 2 * D + u];
+        if (lane() == 0) hidden[u] = gelu(x);
+    }
+    __syncthreads();
+    for (int c = warp; c < D; c += warps) {
+        float x = 0;
+        if (mlp) x = warp_dot(w->fc2 + (set * D + c) * 2 * D, hidden, 2 * D) + w->fc2_bias[set * D + c];
+        else if (a.kind == COMPRESS_CONV1D) x = warp_dot(w->conv + (set * D + c) * LD, flat, LD) + w->conv_bias[set * D + c];
+        else for (int j = 0; j < a.block; j++) x += flat[j * D + c] / (float)a.block;
+        if (lane() == 0) result[c] = x;
+    }
+    __syncthreads();
+    const int64_t at = list * a.cache.branch[CMP].slots + seen - 1;
+    for (int c = threadIdx.x; c < D; c += blockDim.x) {
+        if (v) a.cache.branch[CMP].v[at * D + c] = result[c];
+        else a.cache.branch[CMP].k[at * D + c] = turned(result, a.angles + D, c, D);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Attention. Every branch is one query for each head over a list of keys, which `splits` blocks of threads share: a block takes
+// up to HEADS of the heads that have these keys in common, and a stretch of the keys in tiles of a warp. Heads go by fours.
+
+enum { HEADS = 16, FOUR = 4, ATTEND_WARPS = HEADS / FOUR, HEADS_ROW = HEADS + FOUR, MOST_SPLITS = 128 };     // a row of 20 spares the banks
+
+// How many keys token t reads of a branch.
+__device__ static inline int64_t keys_read(const DecodeShape *s, int branch, int64_t t) {
+    if (s->full) return t + 1;
+    if (branch == CMP) return compressed_seen(t, s->select.cmp_block, s->select.cmp_stride);
+    if (branch == WIN) return min64(t + 1, s->window);
+    const int64_t own = t / s->select.sel_block, n = s->select.n;
+    return own < n ? t + 1 : (n - 1) * s->select.sel_block + t % s->select.sel_block + 1;
+}
+
+// How many keys one split takes, whole tiles; the first splits_used of them have any.
+__device__ static inline int64_t split_keys(const DecodeShape *s, int64_t keys) { return ((keys + WARP - 1) / WARP + s->splits - 1) / s->splits * WARP; }
+__device__ static inline int splits_used(const DecodeShape *s, int64_t keys) {
+    const int64_t each = split_keys(s, keys);
+    return keys ? (int)((keys + each - 1) / each) : 0;
+}
+
+// Where the shares of a head stand, one for each split. head = (row·KV + kv)·G + g, which is row·H + h.
+__device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return ((int64_t)branch * s->rows * s->H + head) * s->splits; }
+
+typedef struct AttendCall {
+    const float *q;             // (rows,H,D), q_row apart
+    int64_t q_row;
+    const Input *input;
+    LayerCache cache;
+    const int *block_idx;
+    float *scores;              // (rows,H,slots), for the compressed branch
+    Shares parts;
+    DecodeShape s;
+    int branch;                 // of the grid's first layer; the next one has the branch after the next
+} AttendCall;
+
+static int64_t attend_numbers(const DecodeShape *s) { return HEADS_ROW * (s->D + s->Dv + WARP) + tile_size(s->D); }
+
+// grid: (row, kv, group of heads), split, branch
+__global__ void attend_kernel(AttendCall a) {
+    extern __shared__ float shared[];
+    __shared__ float top[HEADS], sum[HEADS], shrink[HEADS];
+    __shared__ int64_t slot[WARP];      // where the keys of the tile lie
+    const DecodeShape *s = &a.s;
+    const int D = s->D, Dv = s->Dv, G = s->G, groups = (G + HEADS - 1) / HEADS, branch = a.branch + 2 * (int)blockIdx.z, warp = threadIdx.x / WARP;
+    const int64_t list = blockIdx.x / groups, g0 = blockIdx.x % groups * HEADS, keys = keys_read(s, branch, a.input->position);
+    const int64_t each = split_keys(s, keys), from = blockIdx.y * each, to = min64(from + each, keys);
+    const int heads = (int)min64(HEADS, G - g0);
+    if (from >= to) return;
+    float *q = shared, *out = q + D * HEADS_ROW, *p = out + Dv * HEADS_ROW, *tile = p + WARP * HEADS_ROW;   // (D,HEADS), (Dv,HEADS), (WARP,HEADS), (WARP,D)
+    const KeyCache *cache = &a.cache.branch[branch];
+    const float *k = cache->k + list * cache->slots * D, *v = cache->v + list * cache->slots * Dv, scale = 1 / (float)sqrt((double)D);
+    const int *idx = branch == SLC && !s->full ? a.block_idx + list * s->select.n : NULL;
+    float *scores = branch == CMP && !s->full ? a.scores + (list * G + g0) * cache->slots : NULL;
+
+    for (int i = threadIdx.x; i < D * HEADS; i += blockDim.x) {
+        const int64_t g = i / D, c = i % D;
+        q[c * HEADS_ROW + g] = g < heads ? a.q[list / s->KV * a.q_row + (list % s->KV * G + g0 + g) * D + c] * scale : 0;
+    }
+    for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
+    if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
+
+    for (int64_t k0 = from; k0 < to; k0 += WARP) {
+        const int count = (int)min64(WARP, to - k0);
+        __syncthreads();        // the tile before has been read
+        for (int j = warp; j < count; j += ATTEND_WARPS) {
+            const int64_t key = k0 + j, at = idx ? idx[key / s->select.sel_block] * (int64_t)s->select.sel_block + key % s->select.sel_block : key;
+            for (int c = lane(); c < D; c += WARP) tile[j * tile_row(D) + c] = k[at * D + c];
+            if (lane() == 0) slot[j] = at;
+        }
+        __syncthreads();
+        float x[FOUR] = {0};    // a warp has four heads, a lane a key
+        for (int c = 0; c < D && lane() < count; c++) {
+            const float4 y = *(const float4 *)(q + c * HEADS_ROW + warp * FOUR);
+            const float key = tile[lane() * tile_row(D) + c];
+            x[0] += y.x * key, x[1] += y.y * key, x[2] += y.z * key, x[3] += y.w * key;
+        }
+        for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
+            const float score = lane() < count ? x[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
+            const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
+            p[lane() * HEADS_ROW + g] = weight;
+            if (scores && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
+            __syncwarp();       // all have read top
+            if (lane() > 0) continue;
+            top[g] = higher;
+            shrink[g] = expf(before - higher);
+            sum[g] = sum[g] * shrink[g] + all;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < (heads + FOUR - 1) / FOUR * Dv; i += blockDim.x) {     // a thread has four heads, a channel
+            const int g = i / Dv * FOUR, c = i % Dv;
+            float4 *o = (float4 *)(out + c * HEADS_ROW + g), y = *o;
+            y = make_float4(y.x * shrink[g], y.y * shrink[g + 1], y.z * shrink[g + 2], y.w * shrink[g + 3]);
+            #pragma unroll 8
+            for (int j = 0; j < count; j++) {
+                const float4 weight = *(const float4 *)(p + j * HEADS_ROW + g);
+                const float value = v[slot[j] * Dv + c];
+                y.x += weight.x * value, y.y += weight.y * value, y.z += weight.z * value, y.w += weight.w * value;
+            }
+            *o = y;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * Dv; i += blockDim.x) {
+        const int g = i / Dv, c = i % Dv;
+        const int64_t part = parts_of(s, branch, list * G + g0 + g) + blockIdx.y;
+        a.parts.out[part * Dv + c] = out[c * HEADS_ROW + g];
+        if (c == 0) a.parts.top[part] = top[g], a.parts.sum[part] = sum[g];
+    }
+}
+
+// The highest score of a head, and Σ exp(score - that): a warp adds up the shares.
+__device__ static inline void warp_merge(float *top, float *sum, const Shares *parts, int64_t first, int count) {
+    float highest = -INFINITY, total = 0;
+    for (int i = lane(); i < count; i += WARP) highest = fmaxf(highest, parts->top[first + i]);
+    highest = warp_max(highest);
+    for (int i = lane(); i < count; i += WARP) total += parts->sum[first + i] * expf(parts->top[first + i] - highest);
+    *top = highest;
+    *sum = warp_sum(total);
+}
+
+// out (rows,H,Dv) = Σ_branch gate · attention; a full-attention layer has no gates. A block of threads a head; no key: 0.
+__global__ void merge_kernel(float *out, const float *gates, Shares parts, const Input *input, DecodeShape s) {
+    __shared__ float factor[BRANCHES][MOST_SPLITS];
+    const int64_t head = blockIdx.x, t = input->position;
+    const int branches = s.full ? 1 : BRANCHES, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    for (int b = warp; b < branches; b += warps) {
+        const int64_t first = parts_of(&s, b, head);
+        const int used = splits_used(&s, keys_read(&s, b, t));
+        float top, sum;
+        warp_merge(&top, &sum, &parts, first, used);
+        for (int i = lane(); i < used; i += WARP) factor[b][i] = (s.full ? 1 : gates[head * BRANCHES + b]) * expf(parts.top[first + i] - top) / sum;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < s.Dv; c += blockDim.x) {
+        float y = 0;
+        for (int b = 0; b < branches; b++) {
+            const int64_t first = parts_of(&s, b, head);
+            const int used = splits_used(&s, keys_read(&s, b, t));
+            for (int i = 0; i < used; i++) y += factor[b][i] * parts.out[(first + i) * s.Dv + c];
+        }
+        out[head * s.Dv + c] = y;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Selection
+
+__device__ static inline int warp_count(int x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// The sum of x over a block of threads. `counts` (WARP) are not those of the call before, which some may still be reading.
+__device__ static inline int block_count(int x, int *counts) {
+    x = warp_count(x);
+    if (lane() == 0) counts[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_count(lane() < (int)blockDim.x / WARP ? counts[lane()] : 0);
+}
+
+// idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
+// it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
+// ordered as their bits are.
+__global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, float *scores, int64_t slots, float *importance, int64_t most_blocks, Shares parts, const Input *input, DecodeShape s) {
+    extern __shared__ float lse[];      // (G)
+    __shared__ int counts[2][WARP];
+    const SelectShape *sel = &s.select;
+    const int64_t list = blockIdx.x, t = input->position, blocks = t / sel->sel_block + 1, visible = compressed_seen(t, sel->cmp_block, sel->cmp_stride);
+    const int64_t first = sel->n_init, last = blocks - sel->n_local;
+    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    int *idx = block_idx + list * sel->n;
+    if (blocks <= sel->n) {             // no choice to make
+        for (int j = threadIdx.x; j < sel->n; j += blockDim.x) idx[j] = j < blocks ? j : -1;
+        return;
+    }
+    for (int g = warp; g < s.G; g += warps) {
+        float top, sum;
+        warp_merge(&top, &sum, &parts, parts_of(&s, CMP, list * s.G + g), splits_used(&s, visible));
+        if (lane() == 0) lse[g] = top + logf(sum);
+    }
+    __syncthreads();
+    float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;
+    for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) {       // eq. 10, in the place of the first head's scores
+        float sum = 0;
+        for (int g = 0; g < s.G; g++) sum += expf(weights[g * slots + i] - lse[g]);
+        weights[i] = sum;
+    }
+    __syncthreads();
+    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) {  // eq. 9
+        float sum = 0;
+        for (int64_t i = max64(0, j * per_block - pieces + 1); i < min64((j + 1) * per_block, visible); i++)
+            sum += weights[i] * (float)pieces_inside(i, j, sel);
+        score[j] = sum >= 0 ? sum : 0;  // NaN, from a model that is lost anyway, must not leave a place empty
+    }
+    __syncthreads();
+
+    const int places = sel->n - sel->n_init - sel->n_local;
+    unsigned least = 0;                 // the places-th highest importance: the highest that so many reach
+    int calls = 0;
+    for (int bit = 30; bit >= 0; bit--) {
+        const unsigned higher = least | 1u << bit;
+        int reached = 0;
+        for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) reached += __float_as_uint(score[j]) >= higher;
+        if (block_count(reached, counts[calls++ % 2]) >= places) least = higher;
+    }
+    int above = 0;
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) above += __float_as_uint(score[j]) > least;
+    int ties = places - block_count(above, counts[calls % 2]), to = sel->n_init;        // of those that just reach it the first so many
+    if (warp > 0) return;
+    for (int64_t j0 = first; j0 < last; j0 += WARP) {
+        const int64_t j = j0 + lane();
+        const unsigned before = (1u << lane()) - 1, bits = j < last ? __float_as_uint(score[j]) : 0;
+        const unsigned equal = __ballot_sync(~0u, j < last && bits == least);
+        const int taken = j < last && (bits > least || (bits == least && __popc(equal & before) < ties));
+        const unsigned all = __ballot_sync(~0u, taken);
+        if (taken) idx[to + __popc(all & before)] = (int)j;
+        to += __popc(all);
+        ties -= __popc(equal);
+    }
+    for (int j = lane(); j < sel->n_init; j += WARP) idx[j] = j;
+    for (int j = lane(); j < sel->n_local; j += WARP) idx[sel->n - sel->n_local + j] = (int)(last + j);
+}
+
+// ----------------------------------------------------------------------------
+// Mixture of experts: nobody counts the tokens of an expert here, each (row, choice) reads its expert's weights.
+
+// choice, share (rows,k) from the router's logits (rows,E), which are used up: a warp a row. Ties go to the lower index.
+__global__ void route_kernel(int *choice, float *share, float *logits, int64_t rows, int E, int k) {
+    const int64_t row = global_warp();
+    if (row >= rows) return;
+    float *x = logits + row * E, top = -INFINITY, sum = 0, chosen = 0;
+    for (int e = lane(); e < E; e += WARP) top = fmaxf(top, x[e]);
+    top = warp_max(top);
+    for (int e = lane(); e < E; e += WARP) sum += expf(x[e] - top);
+    sum = warp_sum(sum);
+    for (int i = 0; i < k; i++) {
+        float best = -INFINITY;
+        int at = E;
+        for (int e = lane(); e < E; e += WARP)
+            if (x[e] > best) best = x[e], at = e;
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            const float other = __shfl_xor_sync(~0u, best, step);
+            const int other_at = __shfl_xor_sync(~0u, at, step);
+            if (other > best || (other == best && other_at < at)) best = other, at = other_at;
+        }
+        const float p = expf(best - top) / sum;
+        if (lane() == 0) choice[row * k + i] = at < E ? at : 0, share[row * k + i] = p;      // only NaN finds nobody
+        if (at < E && at % WARP == lane()) x[at] = -INFINITY;
+        chosen += p;
+    }
+    __syncwarp();
+    for (int i = lane(); i < k && k > 1; i += WARP) share[row * k + i] /= chosen;
+}
+
+// The chosen experts of each row: x (rows,C) -> hidden (rows,k,F) -> out (rows,C) = add + Σ share · expert(x).
+typedef struct Experts {
+    float *out, *hidden;
+    const float *add, *x, *norm, *experts, *share;
+    const int *choice;
+    double eps;
+    int k;
+    MoeShape s;
+} Experts;
+
+__global__ void expert_up_kernel(Experts a) {
+    const int64_t item = global_warp(), C = a.s.C, F = a.s.F, f = item % F, row = item / F / a.k;      // item = (row·k + choice)·F + f
+    if (row >= a.s.N) return;
+    const float *weight = a.experts + a.choice[item / F] * 3 * F * C;
+    const Linear call = {NULL, NULL, a.norm, a.x, NULL, a.s.N, C, F, a.eps, 1};
+    float y, up;
+    warp_linear<1>(&y, &call, weight + f * C, row, 1);
+    warp_linear<1>(&up, &call, weight + (F + f) * C, row, 1);
+    if (lane() == 0) a.hidden[item] = y * sigmoid(y) * up;
+}
+
+__global__ void expert_down_kernel(Experts a) {
+    const int64_t item = global_warp(), C = a.s.C, F = a.s.F, c = item % C, row = item / C;
+    if (row >= a.s.N) return;
+    float sum = 0;
+    for (int64_t i = row * a.k; i < (row + 1) * a.k; i++) sum += a.share[i] * warp_dot(a.experts + (a.choice[i] * 3 + 2) * F * C + c * F, a.hidden + i * F, F);
+    if (lane() == 0) a.out[item] = a.add[item] + sum;
+}
+
+// ----------------------------------------------------------------------------
+// A token through the model
+
+// x -> mid
+static void decode_attention(Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const LayerWeights *w = &d->model->twin->layers[layer];
+    const LayerCache *cache = &d->layers[layer];
+    const DecodeShape s = decode_shape(d, layer);
+    const WideRow row = wide_row(c, layer);
+    Working *a = d->work;
+    const int64_t rows = d->rows, C = c->hidden_size, lists = rows * s.KV, groups = (s.G + HEADS - 1) / HEADS, HDv = (int64_t)s.H * s.Dv;
+    const size_t shared = (size_t)attend_numbers(&s) * sizeof(float);
+    linear(a->stream, a->wide, NULL, w->norm1, c->rms_norm_eps, a->x, w->wide, rows, C, row.size, 0);
+    const TokenCall token = {a->wide, a->gates, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, *cache, s, c->gate};
+    token_kernel<<<(unsigned)rows, THREADS, 0, a->stream>>>(token);
+    AttendCall attend = {a->wide, row.size, a->device_input, *cache, a->block_idx, a->scores, a->parts, s, 0};
+    const unsigned heads = grid(lists * groups, 1), splits = (unsigned)s.splits;
+    if (s.full) {
+        attend_kernel<<<dim3(heads, splits, 1), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);
+    } else {
+        const CompressStep step = {a->flat, a->hidden, a->compressed, a->angles, a->device_input, *cache, {w->compress[0], w->compress[1]},
+                                   s.KV, {s.D, s.Dv}, c->cmp_block, c->cmp_stride, c->compress};
+        const int64_t slots = cache->branch[CMP].slots, outputs = 2 * max64(s.D, s.Dv), most_blocks = d->capacity / c->sel_block + 1;
+        compress_kernel<<<dim3((unsigned)lists, 2), (unsigned)min64(MOST_THREADS, outputs * WARP), 0, a->stream>>>(step);
+        attend_kernel<<<dim3(heads, splits, 2), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);     // CMP and WIN
+        select_kernel<<<(unsigned)lists, (unsigned)min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), (size_t)s.G * sizeof(float), a->stream>>>(
+            a->block_idx, a->scores, slots, a->importance, most_blocks, a->parts, a->device_input, s);
+        attend.branch = SLC;
+        attend_kernel<<<dim3(heads, splits, 1), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);
+    }
+    merge_kernel<<<(unsigned)(rows * s.H), 128, 0, a->stream>>>(a->attention, a->gates, a->parts, a->device_input, s);
+    LAUNCHED();
+    linear(a->stream, a->mid, a->x, NULL, 0, a->attention, w->o, rows, HDv, C, 0);
+}
+
+// mid -> x
+static void decode_ffn(Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const LayerWeights *w = &d->model->twin->layers[layer];
+    Working *a = d->work;
+    const int64_t rows = d->rows, C = c->hidden_size, F = ffn_width(c, layer);
+    if (F > 0) {
+        linear(a->stream, a->ffn, NULL, w->norm2, c->rms_norm_eps, a->mid, w->gate_up, rows, C, F, 1);
+        linear(a->stream, a->x, a->mid, NULL, 0, a->ffn, w->down, rows, F, C, 0);
+    }
+    if (!layer_is_moe(c, layer)) return;
+    const Experts e = {a->x, a->ffn, F > 0 ? a->x : a->mid, a->mid, w->norm2, w->experts, a->share, a->choice, c->rms_norm_eps, c->num_experts_per_tok, moe_shape(c, rows, NULL)};
+    linear(a->stream, a->router, NULL, w->norm2, c->rms_norm_eps, a->mid, w->router, rows, C, c->num_experts, 0);
+    route_kernel<<<grid(rows, WARPS), THREADS, 0, a->stream>>>(a->choice, a->share, a->router, rows, c->num_experts, e.k);
+    expert_up_kernel<<<grid(rows * e.k * e.s.F, WARPS), THREADS, 0, a->stream>>>(e);
+    expert_down_kernel<<<grid(rows * C, WARPS), THREADS, 0, a->stream>>>(e);
+    LAUNCHED();
+}
+
+// Everything from the tokens to the logits, which is what the graph holds.
+static void decode_model(Decoder *d) {
+    const Config *c = &d->model->config;
+    const Model *g = d->model->twin;
+    Working *w = d->work;
+    const int64_t rows = d->rows, C = c->hidden_size, V = c->vocab_size;
+    CUDA(cudaMemcpyAsync(w->device_input, w->input, sizeof(Input) + (size_t)rows * sizeof(int), cudaMemcpyHostToDevice, w->stream));
+    begin_kernel<<<(unsigned)rows, THREADS, 0, w->stream>>>(w->x, w->angles, w->device_input, g->embed, C, w->frequency, c->head_dim / 2, c->cmp_block);
+    LAUNCHED();
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        decode_attention(d, l);
+        decode_ffn(d, l);
+    }
+    linear(w->stream, w->logits, NULL, g->norm, c->rms_norm_eps, w->x, g->head, rows, C, V, 0);
+    CUDA(cudaMemcpyAsync(d->logits, w->logits, (size_t)(rows * V) * sizeof(float), cudaMemcpyDeviceToHost, w->stream));
+}
+
+void decode_token(Decoder *d, const int *tokens) {
+    Working *w = d->work;
+    if (!w->graph) {
+        cudaGraph_t graph;
+        CUDA(cudaStreamBeginCapture(w->stream, cudaStreamCaptureModeThreadLocal));
+        decode_model(d);
+        CUDA(cudaStreamEndCapture(w->stream, &graph));
+        CUDA(cudaGraphInstantiate(&w->graph, graph, 0));
+        CUDA(cudaGraphDestroy(graph));
+    }
+    w->input->position = d->length;
+    memcpy(w->input->tokens, tokens, (size_t)d->rows * sizeof(int));
+    CUDA(cudaGraphLaunch(w->graph, w->stream));
+    CUDA(cudaStreamSynchronize(w->stream));
+}
+
+// ----------------------------------------------------------------------------
+// Memory, and the prompt
+
+// Carves what Working has on the GPU from `memory`; returns the numbers it takes (memory NULL: only counts).
+static int64_t carve_working(Working *w, const Config *c, int64_t rows, int64_t capacity, float *memory) {
+    const int64_t C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, most = max64(D, Dv);
+    const int64_t k = c->num_experts_per_tok, lists = rows * KV, ints = (int64_t)(sizeof(Input) / sizeof(int));
+    int64_t used = 0, wide = 0, width = 0, nsa = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        wide = max64(wide, wide_row(c, l).size);
+        width = max64(width, ffn_width(c, l));
+        nsa |= !layer_is_full(c, l);
+    }
+    if (c->num_experts) width = max64(width, k * c->moe_intermediate_size);
+    const int64_t parts = (nsa ? BRANCHES : 1) * rows * H * w->splits, slots = nsa ? compressed_seen(capacity - 1, c->cmp_block, c->cmp_stride) : 0;
+    w->device_input = (Input *)take_ints(&memory, &used, ints + rows);
+    w->frequency = (double *)take_ints(&memory, &used, D);
+    w->angles = take(&memory, &used, 2 * D);
+    w->x = take(&memory, &used, rows * C);
+    w->mid = take(&memory, &used, rows * C);
+    w->wide = take(&memory, &used, rows * wide);
+    w->gates = take(&memory, &used, rows * H * BRANCHES);
+    w->flat = take(&memory, &used, nsa * lists * 2 * c->cmp_block * most);
+    w->hidden = take(&memory, &used, nsa * lists * 2 * 2 * most);
+    w->compressed = take(&memory, &used, nsa * lists * 2 * most);
+    w->scores = take(&memory, &used, rows * H * slots);
+    w->importance = take(&memory, &used, nsa * lists * (capacity / max64(c->sel_block, 1) + 1));
+    w->block_idx = take_ints(&memory, &used, nsa * lists * c->sel_blocks);
+    w->parts.top = take(&memory, &used, parts);
+    w->parts.sum = take(&memory, &used, parts);
+    w->parts.out = take(&memory, &used, parts * Dv);
+    w->attention = take(&memory, &used, rows * H * Dv);
+    w->ffn = take(&memory, &used, rows * width);
+    w->router = take(&memory, &used, rows * c->num_experts);
+    w->share = take(&memory, &used, rows * k);
+    w->choice = take_ints(&memory, &used, rows * k);
+    w->logits = take(&memory, &used, rows * c->vocab_size);
+    return used;
+}
+
+// Enough blocks of threads to keep the GPU busy, however few lists of keys there are.
+static int choose_splits(const Config *c, int rows) {
+    const int64_t G = c->num_attention_heads / c->num_key_value_heads, blocks = (int64_t)rows * c->num_key_value_heads * ((G + HEADS - 1) / HEADS);
+    return (int)max64(1, min64(MOST_SPLITS, 2 * gpu.multiProcessorCount / blocks));
+}
+
+int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
+    Working none;
+    none.splits = choose_splits(c, rows);
+    return carve_working(&none, c, rows, tokens, NULL) * (int64_t)sizeof(float);
+}
+
+// What a launch may take of a block's shared memory, told to the kernels before a graph is recorded.
+static void allow_shared(const void *kernel, int64_t numbers, const char *fix) {
+    const int64_t bytes = numbers * (int64_t)sizeof(float), most = (int64_t)gpu.sharedMemPerBlockOptin;
+    if (bytes > most) die(2, "this model's attention needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": %s", bytes, most, fix);
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+void decoder_open(Decoder *d) {
+    Model *m = d->model;
+    const Config *c = &m->config;
+    const size_t rows = (size_t)d->rows;
+    Working *w = d->work = (Working *)xcalloc(1, sizeof(Working));
+    w->free_bytes = w->least_free_bytes = device_memory();
+    device_alloc(m, 1, 1, 0, 0);
+    device_store(m);
+    w->splits = choose_splits(c, d->rows);
+    CUDA(cudaStreamCreate(&w->stream));         // one that waits for the work of the prompt, which has none of its own
+    CUDA(cudaMallocHost((void **)&w->input, sizeof(Input) + rows * sizeof(int)));
+    CUDA(cudaMallocHost((void **)&d->logits, rows * (size_t)c->vocab_size * sizeof(float)));
+    const DecodeShape s = decode_shape(d, 0);
+    allow_shared((const void *)attend_kernel, attend_numbers(&s), "sample, on the CPU, takes any --head-dim");
+    allow_shared((const void *)select_kernel, s.G, "sample, on the CPU, takes any --kv-heads");
+}
+
+static void drop_graph(Working *w) {
+    if (w->graph) CUDA(cudaGraphExecDestroy(w->graph));
+    w->graph = NULL;
+}
+
+void decoder_close(Decoder *d) {
+    Working *w = d->work;
+    drop_graph(w);
+    CUDA(cudaFree(w->memory));
+    CUDA(cudaFreeHost(w->input));
+    CUDA(cudaFreeHost(d->logits));
+    CUDA(cudaStreamDestroy(w->stream));
+    device_free(d->model);
+    free(w);
+}
+
+static void note_memory(Working *w) { w->least_free_bytes = min64(w->least_free_bytes, device_memory()); }
+int64_t peak_memory(const Decoder *d) { return d->work->free_bytes - d->work->least_free_bytes; }
+
+void decoder_room(Decoder *d) {
+    const Config *c = &d->model->config;
+    Working *w = d->work;
+    drop_graph(w);
+    CUDA(cudaFree(w->memory));
+    w->memory = (float *)device_malloc(carve_working(w, c, d->rows, d->capacity, NULL) * (int64_t)sizeof(float));
+    carve_working(w, c, d->rows, d->capacity, w->memory);
+    const int half = c->head_dim / 2;
+    double *frequency = (double *)xmalloc((size_t)half * sizeof(double));
+    for (int j = 0; j < half; j++) frequency[j] = pow(c->rope_theta, -2.0 * j / c->head_dim);
+    to_device(w->frequency, frequency, half * (int64_t)sizeof(double));
+    free(frequency);
+    note_memory(w);
+}
+
+real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width) {
+    float *grown = (float *)device_malloc(lists * slots * width * (int64_t)sizeof(float));
+    const size_t row = (size_t)width * sizeof(float), old_bytes = (size_t)old_slots * row;
+    if (old && old_bytes) CUDA(cudaMemcpy2D(grown, (size_t)slots * row, old, old_bytes, old_bytes, (size_t)lists, cudaMemcpyDeviceToDevice));
+    CUDA(cudaFree(old));
+    return grown;
+}
+
+void lists_free(real *lists) { CUDA(cudaFree(lists)); }
+
+// Tokens first .. first + n - 1 of x (T,KV,width), tokens x_row apart, into their slots of every row's lists (rows,KV,slots,width).
+__global__ void fill_kernel(float *lists, int64_t slots, const float *x, int64_t x_row, int64_t first, int64_t n, int64_t rows, int kv, int width) {
+    const int64_t item = global_thread(), c = item % width, h = item / width % kv, t = first + item / width / kv % n, r = item / width / kv / n;
+    if (r < rows) lists[((r * kv + h) * slots + t % slots) * width + c] = x[t * x_row + h * width + c];
+}
+
+// The last `slots` of n tokens.
+static void fill(float *lists, int64_t slots, const float *x, int64_t x_row, int64_t n, int rows, int kv, int width) {
+    const int64_t kept = min64(n, slots);
+    if (kept == 0) return;
+    fill_kernel<<<grid(rows * kv * kept * width, THREADS), THREADS>>>(lists, slots, x, x_row, n - kept, kept, rows, kv, width);
+    LAUNCHED();
+}
+
+// What the forward pass of a layer over the prompt (T tokens) leaves for later tokens, in every row.
+static void cache_fill(Decoder *d, int layer, int64_t T) {
+    const Config *c = &d->model->config;
+    const GpuActs<float> *a = &net<float>.acts[layer];
+    const WideRow row = gpu_wide_row(c, layer);
+    const LayerCache *cache = &d->layers[layer];
+    const int rows = d->rows, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
+    for (int b = 0; b < row.branches; b++) {
+        const KeyCache *to = &cache->branch[b];
+        const float *k = a->wide + row.k[b], *v = a->wide + row.v[b];
+        if (row.branches > 1 && b == CMP) {
+            const int64_t blocks = compressed_seen(T - 1, c->cmp_block, c->cmp_stride);
+            fill(to->k, to->slots, a->compressed[0], (int64_t)KV * D, blocks, rows, KV, D);
+            fill(to->v, to->slots, a->compressed[1], (int64_t)KV * Dv, blocks, rows, KV, Dv);
+            fill(cache->tail[0], c->cmp_block, k, row.size, T, rows, 1, KV * D);
+            fill(cache->tail[1], c->cmp_block, v, row.size, T, rows, 1, KV * Dv);
+        } else {
+            fill(to->k, to->slots, k, row.size, T, rows, KV, D);
+            fill(to->v, to->slots, v, row.size, T, rows, KV, Dv);
+        }
+    }
+}
+
+void prefill_begin(Decoder *d, const int *tokens, int64_t T) {
+    const Model *g = d->model->twin;
+    note_memory(d->work);
+    to_device(net<float>.work.tokens, tokens, T * (int64_t)sizeof(int));
+    gpu_embed<float>(g, 1, T, NULL);
+}
+
+void prefill_layer(Decoder *d, int layer, int64_t T) {
+    gpu_attention_layer_forward<float>(d->model->twin, layer, 1, T, NULL);
+    gpu_ffn_layer_forward<float>(d->model->twin, layer, 1, T, NULL);
+    cache_fill(d, layer, T);
+}
+
+void prompt_choices(const Decoder *d, int layer, int64_t T, int *block_idx, real *gates) {
+    const Config *c = &d->model->config;
+    const GpuActs<float> *a = &net<float>.acts[layer];
+    to_host(block_idx, a->block_idx, T * c->num_key_value_heads * c->sel_blocks * (int64_t)sizeof(int));
+    to_host(gates, a->gates, T * c->num_attention_heads * BRANCHES * (int64_t)sizeof(float));
+}
+
+void prompt_logits(Decoder *d, int64_t first, int64_t n, real *logits) {
+    const Config *c = &d->model->config;
+    const Model *g = d->model->twin;
+    const int64_t C = c->hidden_size, V = c->vocab_size;
+    float *out = (float *)device_malloc(n * V * (int64_t)sizeof(float));
+    linear(d->work->stream, out, NULL, g->norm, c->rms_norm_eps, net<float>.acts[c->num_hidden_layers - 1].out + first * C, g->head, n, C, V, 0);
+    CUDA(cudaStreamSynchronize(d->work->stream));
+    to_host(logits, out, n * V * (int64_t)sizeof(float));
+    CUDA(cudaFree(out));
+}
+#endif
+
+// ----------------------------------------------------------------------------
+// 4. The decoder. The rest of the program sees a Decoder and four functions:
+//   decoder_create, decoder_prefill (the prompt in one pass), decoder_step (one token more), decoder_free.
+
+void decoder_create(Decoder *d, Model *m, int rows) {
+    const Config *c = &m->config;
+    memset(d, 0, sizeof *d);
+    d->model = m;
+    d->rows = rows;
+    d->layers = (LayerCache *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerCache));
+    decoder_open(d);
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        for (int i = 0; i < 2 && !layer_is_full(c, l); i++)
+            d->layers[l].tail[i] = lists_grow(NULL, rows, 0, c->cmp_block, (int64_t)c->num_key_value_heads * (i ? c->v_head_dim : c->head_dim));
+}
+
+void decoder_free(Decoder *d) {
+    for (int l = 0; l < d->model->config.num_hidden_layers; l++) {
+        for (int b = 0; b < BRANCHES; b++) { lists_free(d->layers[l].branch[b].k); lists_free(d->layers[l].branch[b].v); }
+        for (int i = 0; i < 2; i++) lists_free(d->layers[l].tail[i]);
+    }
+    free(d->layers);
+    decoder_close(d);
+    memset(d, 0, sizeof *d);
+}
+
+// Room for `tokens` tokens. A ring that is not as long as the window yet has not wrapped either.
+void decoder_reserve(Decoder *d, int64_t tokens) {
+    const Config *c = &d->model->config;
+    const int64_t lists = (int64_t)d->rows * c->num_key_value_heads;
+    if (tokens <= d->capacity) return;
+    d->capacity = max64(tokens, d->capacity + d->capacity / 2);
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        for (int b = 0; b < cache_branches(c, l); b++) {
+            KeyCache *cache = &d->layers[l].branch[b];
+            const int64_t slots = cache_slots(c, l, b, d->capacity);
+            if (cache->k && slots == cache->slots) continue;
+            cache->k = lists_grow(cache->k, lists, cache->slots, slots, c->head_dim);
+            cache->v = lists_grow(cache->v, lists, cache->slots, slots, c->v_head_dim);
+            cache->slots = slots;
+        }
+    decoder_room(d);
+}
+
+// The logits of every token of the prompt, some rows at a time: (T,V) may be larger than the model.
+int write_logits(Decoder *d, int64_t T, const char *path, char *err) {
+    const int64_t V = d->model->config.vocab_size, rows = logit_rows(&d->model->config, T), shape[2] = {T, V};
+    StWriter w;
+    if (st_writer_begin(&w, path, err) < 0) return -1;
+    st_writer_tensor(&w, "logits", ST_F32, 2, shape);
+    if (st_writer_header(&w, err) < 0) return -1;
+    real *logits = (real *)xmalloc((size_t)(rows * V) * sizeof(real));
+    int result = 0;
+    for (int64_t i = 0; i < T && !result; i += rows) {
+        const int64_t n = min64(rows, T - i);
+        prompt_logits(d, i, n, logits);
+        result = st_writer_real(&w, logits, n * V, ST_F32, err);
+    }
+    free(logits);
+    return result < 0 ? -1 : st_writer_end(&w, err);
+}
+
+// Begins the file of --dump-attention: which blocks each token chose and its gates, for every NSA layer.
+int attention_dump_begin(StWriter *w, const Config *c, const int *tokens, int64_t T, const char *path, char *err) {
+    const int64_t block_idx[3] = {T, c->num_key_value_heads, c->sel_blocks}, gates[3] = {T, c->num_attention_heads, BRANCHES};
+    Text config = {NULL, 0, 0};
+    if (st_writer_begin(w, path, err) < 0) return -1;
+    config_write(c, &config);
+    st_writer_meta(w, "config", config.data);
+    free(config.data);
+    st_writer_tensor(w, "tokens", ST_I32, 1, &T);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        char name[80];
+        if (layer_is_full(c, l)) continue;
+        snprintf(name, sizeof name, "model.layers.%d.self_attn.block_idx", l);
+        st_writer_tensor(w, name, ST_I32, 3, block_idx);
+        snprintf(name, sizeof name, "model.layers.%d.self_attn.gates", l);
+        st_writer_tensor(w, name, ST_F32, 3, gates);
+    }
+    return st_writer_header(w, err) < 0 ? -1 : st_writer_data(w, tokens, T * (int64_t)sizeof(int), err);
+}
+
+int attention_dump_layer(StWriter *w, const Decoder *d, int layer, int64_t T, char *err) {
+    const Config *c = &d->model->config;
+    const int64_t choices = T * c->num_key_value_heads * c->sel_blocks, gates = T * c->num_attention_heads * BRANCHES;
+    if (layer_is_full(c, layer)) return 0;
+    int *block_idx = (int *)xmalloc((size_t)choices * sizeof(int));
+    real *gate = (real *)xmalloc((size_t)gates * sizeof(real));
+    prompt_choices(d, layer, T, block_idx, gate);
+    int result = st_writer_data(w, block_idx, choices * (int64_t)sizeof(int), err);
+    if (result >= 0) result = st_writer_real(w, gate, gates, ST_F32, err);
+    free(block_idx);
+    free(gate);
+    return result;
+}
+
+// Starts every row with the same T tokens, in one pass of the training forward, whose memory is given back before decoding.
+// Returns the logits (rows,V) behind the last token. dump_logits and dump_attention: files to write, or NULL.
+const real *decoder_prefill(Decoder *d, const int *tokens, int64_t T, const char *dump_logits, const char *dump_attention) {
+    Model *m = d->model;
+    const Config *c = &m->config;
+    const int64_t V = c->vocab_size;
+    char err[ERR_LEN];
+    StWriter attention;
+    d->length = 0;
+    decoder_reserve(d, T);
+    device_alloc(m, 1, T, 0, 0);
+    if (dump_attention && attention_dump_begin(&attention, c, tokens, T, dump_attention, err) < 0) die(1, "%s", err);
+    prefill_begin(d, tokens, T);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        prefill_layer(d, l, T);
+        if (dump_attention && attention_dump_layer(&attention, d, l, T, err) < 0) die(1, "%s", err);
+    }
+    if (dump_attention && st_writer_end(&attention, err) < 0) die(1, "%s", err);
+    if (dump_logits && write_logits(d, T, dump_logits, err) < 0) die(1, "%s", err);
+    prompt_logits(d, T - 1, 1, d->logits);
+    for (int r = 1; r < d->rows; r++) memcpy(d->logits + r * V, d->logits, (size_t)V * sizeof(real));
+    d->length = T;
+    device_alloc(m, d->rows, 1, 0, 0);
+    return d->logits;
+}
+
+// Appends one token to each row, tokens (rows); returns the logits (rows,V) behind them.
+const real *decoder_step(Decoder *d, const int *tokens) {
+    decoder_reserve(d, d->length + 1);
+    decode_token(d, tokens);
     d->length++;
-    decoder_head(d, m->acts[c->num_hidden_layers - 1].out, d->rows);
     return d->logits;
 }
 
 // ----------------------------------------------------------------------------
-// 2. Drawing a token
+// 5. Drawing a token
 
 typedef struct Candidate { real logit; int id; } Candidate;
 
@@ -468,7 +1369,7 @@ int draw_token(const real *logits, int V, double temp, int64_t top_k, double top
 }
 
 // ----------------------------------------------------------------------------
-// 3. The command line
+// 6. The command line
 
 typedef struct SampleOptions {
     const char *model, *tokenizer, *prompt, *file, *dump_logits, *dump_attention;
@@ -551,7 +1452,7 @@ void sample_check_options(const SampleOptions *o) {
 }
 
 // ----------------------------------------------------------------------------
-// 4. Text in and out
+// 7. Text in and out
 
 typedef struct Sampler {
     SampleOptions options;
@@ -560,6 +1461,7 @@ typedef struct Sampler {
     int numbers;                // 1: without a tokenizer, and too many tokens for bytes: text is token numbers
     Model model;
     Decoder decoder;
+    int64_t memory;             // what there was for model and caches, in bytes; 0: nobody knows
     Candidate *heap;
     Rng *rng;                   // one for each row
     int *next;                  // (rows) the token drawn last, which is not in the cache yet; -1: none
@@ -621,12 +1523,12 @@ int *tokens_of(const Sampler *s, const char *text, int64_t len, int64_t *n, char
 // What the prompt and n tokens more need, before it is taken.
 void check_memory(const Sampler *s, int64_t prompt, int64_t more) {
     const Config *c = &s->config;
-    int64_t bytes[CACHE_KINDS], total = model_bytes(c, 1, prompt, 0, 0, NULL), machine = total_memory_bytes();
+    int64_t bytes[CACHE_KINDS], total = device_bytes(c, 1, prompt, 0, 0, NULL) + decoder_room_bytes(c, s->options.batch, prompt + more);
     cache_bytes(bytes, c, s->options.batch, prompt + more);
     for (int i = 0; i < CACHE_KINDS; i++) total += bytes[i];
-    if (machine && total > machine)
-        die(2, "a prompt of %" PRId64 " tokens%s needs %s of memory and the machine has %s: use a shorter prompt%s", prompt, s->options.batch > 1 ? " and this batch" : "",
-            human_bytes((double)total), human_bytes((double)machine), s->options.batch > 1 ? " or a smaller -b" : "");
+    if (s->memory && total > s->memory)
+        die(2, "a prompt of %" PRId64 " tokens%s needs %s of memory and the %s has %s: use a shorter prompt%s", prompt, s->options.batch > 1 ? " and this batch" : "",
+            human_bytes((double)total), device_name, human_bytes((double)s->memory), s->options.batch > 1 ? " or a smaller -b" : "");
 }
 
 enum { ROOM = 4096 };   // tokens to write that the caches have room for at first; -n may be a number that is never reached
@@ -725,6 +1627,7 @@ void sampler_load(Sampler *s) {
     if (!config) die(1, "-e %s holds no model (no %s/config.json)", o->model, folder);
     const int result = config_load(&s->config, config, err);
     if (result < 0) die(result == -2 ? 2 : 1, "%s", err);
+    s->config.torch_dtype = DTYPE_F32;      // what is computed in, whatever the file holds
 
     tokenizer = o->tokenizer ? xstrdup(o->tokenizer) : existing(format("%s/tokenizer.json", folder));
     if (!tokenizer) tokenizer_bytes(&s->tokenizer);
@@ -735,6 +1638,8 @@ void sampler_load(Sampler *s) {
 
     const int64_t bytes = count_params(&s->config) * (int64_t)sizeof(real), machine = total_memory_bytes();
     if (machine && bytes > machine) die(2, "the model in %s needs %s of memory and the machine has %s", folder, human_bytes((double)bytes), human_bytes((double)machine));
+    s->memory = device_memory();
+    if (s->memory && bytes > s->memory) die(2, "the model in %s needs %s of memory and the %s has %s", folder, human_bytes((double)bytes), device_name, human_bytes((double)s->memory));
     model_create(&s->model, &s->config);
     if (checkpoint_load_weights(&s->model, folder, err) < 0) die(1, "%s", err);
     free(folder);
@@ -833,15 +1738,8 @@ void print_stats(const Sampler *s) {
     const Decoder *d = &s->decoder;
     const int rows = s->options.batch;
     int64_t bytes[CACHE_KINDS], total = 0;
-    struct rusage usage;
     cache_bytes(bytes, &s->config, rows, d->capacity);
     for (int i = 0; i < CACHE_KINDS; i++) total += bytes[i];
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    const double peak = (double)usage.ru_maxrss;
-#else
-    const double peak = 1024.0 * (double)usage.ru_maxrss;
-#endif
     fprintf(stderr, "prefill    %" PRId64 " tokens in %.1f ms: %s tok/s\n", s->prefilled, 1e3 * s->prefill_seconds,
             human_count((double)s->prefilled / s->prefill_seconds));
     if (s->steps)
@@ -850,7 +1748,7 @@ void print_stats(const Sampler *s) {
     fprintf(stderr, "cache      %s for %" PRId64 " tokens, %" PRId64 " used: ", human_bytes((double)total), d->capacity, d->length);
     fprintf(stderr, "window %s, selected %s, compressed %s, full %s\n", human_bytes((double)bytes[WIN]), human_bytes((double)bytes[SLC]),
             human_bytes((double)bytes[CMP]), human_bytes((double)bytes[CACHE_FULL]));
-    fprintf(stderr, "memory     %s at the peak, weights %s\n", human_bytes(peak), human_bytes((double)(s->model.num_elements * (int64_t)sizeof(real))));
+    fprintf(stderr, "%-10s %s at the peak, weights %s\n", memory_name, human_bytes((double)peak_memory(&s->decoder)), human_bytes((double)(s->model.num_elements * (int64_t)sizeof(real))));
     fprintf(stderr, "seed       %" PRId64 "\n", s->options.seed);
 }
 
@@ -860,7 +1758,11 @@ int main(int argc, char **argv) {
     SampleOptions *o = &s.options;
     start_process(argv);
     memset(&s, 0, sizeof s);
+#ifdef NSA_CU
+    program_name = "samplecu";
+#else
     program_name = "sample";
+#endif
     *o = sample_default();
     options_parse(sample_options, SAMPLE_OPTIONS, o, o->given, argc, argv);
     if (o->help) {

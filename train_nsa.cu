@@ -56,7 +56,7 @@ static void device_open(void) {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
-        die(1, "no GPU to compute on (%s): train_nsa is the same program for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
+        die(1, "no GPU to compute on (%s): train_nsa and sample are the same programs for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
     CUDA(cudaSetDevice(0));
     CUDA(cudaGetDeviceProperties(&gpu, 0));
     CUBLAS(cublasLtCreate(&cublas));
@@ -3034,7 +3034,9 @@ static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) 
     int64_t bytes[2];
     net_bytes<F>(bytes, c, B, T, recompute, train);
     if constexpr (std::is_same<F, float>::value) n->weights = g->weights;
-    else n->weights = (F *)device_malloc(g->num_elements * (int64_t)sizeof(F));
+    else if (!n->weights) n->weights = (F *)device_malloc(g->num_elements * (int64_t)sizeof(F));
+    CUDA(cudaFree(n->memory));      // of activations for other sizes
+    free(n->acts);
     n->memory = (char *)device_malloc(bytes[0] + bytes[1]);
     n->acts = (GpuActs<F> *)xcalloc((size_t)c->num_hidden_layers, sizeof(GpuActs<F>));
     Carver m = {n->memory, 0};
@@ -3061,16 +3063,19 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
         die(2, "--compress %.*s has no kernels here yet: train_nsa, on the CPU, knows it", len, name);
     }
     device_open();
-    Model *g = m->twin = (Model *)xcalloc(1, sizeof(Model));
-    g->config = *c;
-    g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
-    g->weights = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
-    list_params(g);
+    Model *g = m->twin;
+    if (!g) {       // else other activations for the same weights
+        g = m->twin = (Model *)xcalloc(1, sizeof(Model));
+        g->config = *c;
+        g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
+        g->weights = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
+        list_params(g);
+    }
     g->B = (int)B;
     g->T = (int)T;
     g->recompute = recompute;
     g->train = train;
-    if (train) {
+    if (train && !g->grads) {
         float **state[] = {&g->grads, &g->adam_m, &g->adam_v};
         for (int i = 0; i < 3; i++) *state[i] = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
         m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));     // for checkpoints
@@ -3296,19 +3301,25 @@ static void gpu_layer_stats(Model *m, int layer, int64_t B, int64_t T, const Ste
     }
 }
 
+// work.tokens to the first layer's input, and its norm in work.norm.
+template <typename F>
+static void gpu_embed(const Model *g, int64_t B, int64_t T, const StepInfo *info) {
+    const GpuActs<F> *a = net<F>.acts;
+    const int64_t N = B * T, C = g->config.hidden_size;
+    embed_kernel<<<(unsigned)N, THREADS>>>(a->x, net<F>.work.tokens, matrix<F>(g, g->embed), C, dropout_at(&g->config, T, 0, info));
+    LAUNCHED();
+    gpu_rmsnorm_forward<F>(net<F>.work.norm, a->rstd1, a->x, g->layers[0].norm1, N, C, g->config.rms_norm_eps);
+}
+
 // Leaves the last layer's output, and its norm in work.norm.
 template <typename F>
 static void gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T, const StepInfo *info) {
     Model *g = m->twin;
-    GpuScratch<F> *s = &net<F>.work;
-    const GpuActs<F> *a = net<F>.acts;
-    const int64_t N = B * T, C = g->config.hidden_size;
+    const int64_t N = B * T;
     if (N > (int64_t)g->B * g->T || T > g->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, g->B, g->T);
     m->moe_z = m->moe_balance = 0;
-    to_device(s->tokens, tokens, N * (int64_t)sizeof(int));
-    embed_kernel<<<(unsigned)N, THREADS>>>(a->x, s->tokens, matrix<F>(g, g->embed), C, dropout_at(&g->config, T, 0, info));
-    LAUNCHED();
-    gpu_rmsnorm_forward<F>(s->norm, a->rstd1, a->x, g->layers[0].norm1, N, C, g->config.rms_norm_eps);
+    to_device(net<F>.work.tokens, tokens, N * (int64_t)sizeof(int));
+    gpu_embed<F>(g, B, T, info);
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
         gpu_attention_layer_forward<F>(g, l, B, T, info);
         gpu_ffn_layer_forward<F>(g, l, B, T, info);
