@@ -133,7 +133,7 @@ build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
 	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
 
 # the GPU program: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
-ifneq ($(and $(NVCC),$(filter train_nsacu build/test_nsa_cu test-gpu,$(MAKECMDGOALS))),)
+ifneq ($(and $(NVCC),$(filter train_nsacu build/test_nsa_cu build/experts test-gpu,$(MAKECMDGOALS))),)
   GPU_HERE := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null | head -n 1))
   GPU_KNOWN := $(filter 80 89 90 100,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
   GPU_ARCH ?= $(if $(GPU_HERE),-arch=sm_$(GPU_HERE),$(foreach a,$(GPU_KNOWN),-gencode=arch=compute_$(a)$(,)code=sm_$(a)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
@@ -147,6 +147,10 @@ train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
 
 build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+
+# versions of one computation, checked and timed: build/experts, build/experts bench
+build/experts: dev/cuda/experts.cu grouped.cuh train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
 
 # the GPU against the CPU
@@ -166,6 +170,8 @@ build/emulated/%: % test/cuda_on_cpu/translate.sed
 build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
+	$(EMULATED) $< -o $@
+build/experts_emulated: build/emulated/dev/cuda/experts.cu build/emulated/grouped.cuh $(TRANSLATED)
 	$(EMULATED) $< -o $@
 test-gpu-emulated: train_nsa build/train_nsacu_emulated build/test_nsa_cu_emulated
 	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated test/gpu.sh
