@@ -119,7 +119,7 @@ struct SimpleProduct {
 // size shared memory feeds the tensor cores with time to spare. Tiles of both factors come STAGES - 1 ahead of their use.
 template <bool TURN_A, bool TURN_B>
 struct FastProduct {
-    enum { TILE = 128, DEPTH = 64, STAGES = 3, BLOCK = 128, BLOCKS = 2, NUMBERS = TILE * DEPTH, BYTES = STAGES * 2 * NUMBERS * 2, PART = 64 };
+    enum { TILE = 128, DEPTH = 64, STAGES = 3, BLOCK = 128, BLOCKS = 2, NUMBERS = TILE * DEPTH, BYTES = STAGES * 2 * NUMBERS * 2, EACH = NUMBERS / 8 / BLOCK, PART = 64 };
     float d[PART / 16][PART / 8][4];
 
     __device__ static int part_row(void) { return threadIdx.x / WARP / 2 * PART; }
@@ -128,20 +128,37 @@ struct FastProduct {
     // Numbers lie in chunks of 16 bytes; those of row r change places by r % 8, so that eight rows of a column of chunks, which
     // ldmatrix reads together, are in different banks.
     template <bool TURN>
-    __device__ static int place(int row, int chunk) { return row * (TURN ? TILE : DEPTH) + (chunk ^ row % 8) * 8; }
+    __device__ static int place(int row, int chunk) { return row * Lines<TURN>::LENGTH + (chunk ^ (row & 7)) * 8; }
 
+    // A tile as it is copied: a thread takes one chunk of EACH of its lines, STEP lines apart.
     template <bool TURN>
-    __device__ static void fetch(bf16 *tile, const Factor<bf16> &x, int from, int k) {
-        enum { CHUNKS = (TURN ? TILE : DEPTH) / 8, ROWS_AT_ONCE = BLOCK / CHUNKS, EACH = NUMBERS / 8 / BLOCK };
-        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const int first = row + (TURN ? k : from), column = chunk * 8 + (TURN ? from : k);
-        const bf16 *source[EACH];       // all first: the list's numbers arrive together
-        #pragma unroll
-        for (int i = 0; i < EACH; i++) source[i] = x.holds(first + i * ROWS_AT_ONCE, column) ? x.at(first + i * ROWS_AT_ONCE, column) : NULL;
-        #pragma unroll
-        for (int i = 0; i < EACH; i++)
-            cp_async_16(tile + place<TURN>(row + i * ROWS_AT_ONCE, chunk), source[i] ? source[i] : x.x, source[i] ? 16 : 0);
-    }
+    struct Lines {
+        enum { LENGTH = TURN ? TILE : DEPTH, CHUNKS = LENGTH / 8, STEP = BLOCK / CHUNKS };
+        int row[EACH];          // of the factor
+        __device__ static int line(void) { return threadIdx.x / CHUNKS; }
+        __device__ static int chunk(void) { return threadIdx.x % CHUNKS; }
+
+        // Lines behind the last row read that again: the product does not keep theirs, or they are made zero.
+        __device__ void find(const Factor<bf16> &x, int from) {
+            const int first = from + line(), last = x.rows - 1;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) row[i] = first + i * STEP < last ? first + i * STEP : last;
+            if (!x.list) return;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) row[i] = x.list[row[i]];
+        }
+
+        // What is behind the end of k is zero; what is behind that of the product's rows or columns is anything.
+        __device__ void fetch(bf16 *tile, const Factor<bf16> &x, int from, int k) {
+            if (TURN) find(x, k);
+            const int column = (TURN ? from : k) + chunk() * 8, inside = column < x.columns, row_bytes = x.columns * (int)sizeof(bf16);
+            const char *source = (const char *)(x.x + (inside ? column : 0));
+            bf16 *to = tile + place<TURN>(line(), chunk());
+            #pragma unroll
+            for (int i = 0; i < EACH; i++)
+                cp_async_16(to + i * STEP * LENGTH, source + (int64_t)row[i] * row_bytes, (TURN ? k + line() + i * STEP < x.rows : inside) ? 16 : 0);
+        }
+    };
 
     // 16 places (rows or columns of the product) by 16 k: the lane's eight lines begin at `at` and k.
     template <bool TURN>
@@ -171,6 +188,10 @@ struct FastProduct {
         extern __shared__ uint4 product_tiles[];
         bf16 *tiles = (bf16 *)product_tiles;
         const int count = (k_end - k + DEPTH - 1) / DEPTH;
+        Lines<TURN_A> a_lines;
+        Lines<TURN_B> b_lines;
+        if (!TURN_A) a_lines.find(a, a_from);       // the same rows for every tile
+        if (!TURN_B) b_lines.find(b, b_from);
         #pragma unroll
         for (int i = 0; i < PART / 16 * (PART / 8) * 4; i++) d[i / 32][i / 4 % 8][i % 4] = 0;
         for (int next = 0; next < count + STAGES - 1; next++) {
@@ -181,8 +202,8 @@ struct FastProduct {
             }
             bf16 *to = tiles + next % STAGES * 2 * NUMBERS;
             if (next < count) {
-                fetch<TURN_A>(to, a, a_from, k + next * DEPTH);
-                fetch<TURN_B>(to + NUMBERS, b, b_from, k + next * DEPTH);
+                a_lines.fetch(to, a, a_from, k + next * DEPTH);
+                b_lines.fetch(to + NUMBERS, b, b_from, k + next * DEPTH);
             }
             cp_async_commit();
             if (now >= 0) multiply_tile(tiles + now % STAGES * 2 * NUMBERS, tiles + (now % STAGES * 2 + 1) * NUMBERS);
