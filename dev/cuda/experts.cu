@@ -293,7 +293,8 @@ typedef struct Case {
     int skew;
 } Case;
 
-static int check_all(void) {
+// The cases whose names hold `part`.
+static int check_cases(const char *part) {
     const Case cases[] = {
         {"odd sizes", {37, 21, 11, 3, 2, 0}, NONE},
         {"one expert", {70, 24, 40, 1, 1, 0}, NONE},
@@ -310,6 +311,7 @@ static int check_all(void) {
         {"many experts, few rows", {20, 8, 4, 70, 1, 0.1}, HALF_EMPTY},
     };
     for (const Case &c : cases) {
+        if (!strstr(c.name, part)) continue;
         Routing r;
         routing_make(&r, &c.shape, c.skew);
         Routing on_gpu = routing_upload(&r, &c.shape);
@@ -430,8 +432,8 @@ static int bench(const MoeShape *s) {
 
 int main(int argc, char **argv) {
     device_open();
-    if (argc == 1 || (argc == 2 && !strcmp(argv[1], "check"))) return check_all();
-    if (argc != 2 && argc != 7) die(2, "%s [check | bench [N C F E k]]", argv[0]);
+    if (argc == 1 || !strcmp(argv[1], "check")) return check_cases(argc > 2 ? argv[2] : "");
+    if (strcmp(argv[1], "bench") || (argc != 2 && argc != 7)) die(2, "%s [check [part of a case's name] | bench [N C F E k]]", argv[0]);
     if (argc == 7) {
         const MoeShape s = {atoll(argv[2]), atoll(argv[3]), atoll(argv[4]), atoi(argv[5]), atoi(argv[6]), 0};
         return bench(&s);
