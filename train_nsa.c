@@ -1730,7 +1730,7 @@ typedef struct Options {
     const char *train_data, *val_data, *tokenizer, *model, *out;
     int help, resume, evaluate_only;
     Config config;       // what was given of it
-    int preset, untied_head, dtype;
+    int preset, untied_head, dtype, stochastic_rounding;
     double gate_init[BRANCHES];
     int batch, seq_len;
     int64_t total_batch, max_steps, warmup;
@@ -1774,8 +1774,10 @@ Options options_default(void) {
 // What --help says of -b where it is not its value: see choose_micro_batch.
 #ifdef NSA_GPU
 #define MICRO_BATCH "what fits the GPU and divides -d; without -d at most 2"
+enum { ON_GPU = 1 };
 #else
 #define MICRO_BATCH NULL
+enum { ON_GPU = 0 };
 #endif
 
 #define AT(field) offsetof(Options, field)
@@ -1873,7 +1875,9 @@ static const Option train_options[] = {
     {0, "untied-head", OPT_FLAG, OF_MODEL, AT(untied_head), NULL, 0, 0, "",
      "give the output its own matrix instead of the embedding's"},
     {0, "dtype", OPT_CHOICE, OF_MODEL, AT(dtype), "f32|bf16", 0, 0, "f32; -e FOLDER its own",
-     "of the weights in checkpoints (on the CPU all arithmetic is f32)"},
+     "of the weights in checkpoints, and of the GPU's activations (on the CPU all arithmetic is f32)"},
+    {0, "stochastic-rounding", OPT_FLAG, OF_RUN, AT(stochastic_rounding), NULL, 0, 0, NULL,
+     "the GPU's bf16 copy of the weights goes up or down by chance instead of to the nearest"},
 
     GROUP("Attention"),
     {0, "attention", OPT_CHOICE, OF_MODEL, AT(config.attention), ATTENTION_NAMES, 0, 0, NULL,
@@ -4629,6 +4633,7 @@ typedef struct Model {
     real *embed, *norm, *head;          // head is embed where tied
 
     int B, T, recompute, train;         // what the activations were made for
+    int stochastic_rounding;            // of the GPU's bf16 copy of the weights
     LayerActs *acts;
     Scratch scratch;
     real *memory, *rope, *final_rstd;
@@ -5400,7 +5405,7 @@ int model_bad_layer(const Model *m, int64_t n) {
 
 #ifdef NSA_GPU
 int64_t device_memory(void);
-void device_describe(Text *out);
+void device_describe(const Config *c, Text *out);
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table);
 void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train);
 void device_store(Model *m);        // weights and AdamW's state, to the device
@@ -5425,7 +5430,8 @@ void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, d
 #define device_adamw model_adamw
 static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
 static inline void device_fetch(Model *m) { (void)m; }
-static inline void device_describe(Text *out) {
+static inline void device_describe(const Config *c, Text *out) {
+    (void)c;
     text_add(out, "%d thread%s, %s", thread_count(), thread_count() > 1 ? "s" : "", sizeof(real) == 4 ? "f32" : "f64");
 }
 #endif
@@ -6190,6 +6196,7 @@ void find_config(Run *run) {
     if (!c->num_experts && (option_given(o, &o->config.first_dense_layers) || option_given(o, &o->config.z_loss_coef) || option_given(o, &o->config.balance_loss_coef)))
         warn("--dense-layers, --z-loss and --balance-loss say nothing without --experts");
     if (run->start && option_given(o, o->gate_init)) warn("--gate-init is where the gates of a new model start: those of %s stay as they are", run->start);
+    if (o->stochastic_rounding && (!c->torch_dtype || !ON_GPU)) warn("--stochastic-rounding says nothing %s", ON_GPU ? "without --dtype bf16" : "on the CPU");
     if (option_given(o, &o->cycles) && o->schedule != SCHEDULE_RESTARTS) warn("--cycles says nothing without --schedule restarts");
 
     if (!c->vocab_size) c->vocab_size = run->tokenizer_text ? run->tokenizer.vocab_size : run->bytes ? 256 : 50257;
@@ -6345,7 +6352,7 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
     }
     printf("memory     %s, counted before it is taken\n%s", human_bytes((double)run->memory), memory->data);
     Text machine = {NULL, 0, 0};
-    device_describe(&machine);
+    device_describe(&run->config, &machine);
     printf("machine    %s%s\n", machine.data, o->zero ? "; -z 1 has nothing to shard: one process" : "");
     free(machine.data);
     if (run->out) printf("output     %s\n", run->out);
@@ -6366,6 +6373,7 @@ void run_model(Run *run, Model *model) {
             human_bytes((double)run->memory), human_bytes((double)machine), o->batch, o->seq_len,
             train && o->recompute < 2 ? ", or -r 2" : "");
     model_create(model, &run->config);
+    model->stochastic_rounding = o->stochastic_rounding;
     device_alloc(model, o->batch, o->seq_len, o->recompute, train);
     if (!run->start) model_init(model, (uint64_t)o->seed, o->gate_init);
     else if (checkpoint_load_weights(model, run->start, err) < 0) die(1, "%s", err);

@@ -4,11 +4,16 @@ nsa.c on the GPU: the same program as train_nsa.c, with the same options, files 
 train_nsa.c is included whole: configuration, data, tokenizer, checkpoints, schedule, log, the training loop, and the CPU
 model that test/test_nsa.cu checks this one against. What is added here is one twin for each computation:
 
-    1. utilities       errors, memory, sums, matrix products (cuBLAS)
+    1. utilities       errors, memory, sums, matrix products (cuBLASLt)
     2. layers          each one a forward and a backward kernel; shapes and formulas stand above their twins in train_nsa.c
     3. model           memory, forward, backward, AdamW: the device_* functions that the training loop calls
 
-The kernels of this file are the simple tier: any shape, f32, no atomics, so that the same seed gives the same bits.
+Precision (--dtype) is a template argument F, float or bf16: the type of activations, of their gradients, and of the copy of the
+weights that matrix products read. Master weights, AdamW's state, the gradients of weights, everything about softmaxes (scores,
+log-sum-exp, gates, routing) and all sums are f32 in both.
+
+Two tiers of kernels: simple ones that take any shape and both types, and for bf16 fast ones on tensor cores (attention with heads
+of 64, 128 or 192/128). No kernel adds with atomics: the same seed gives the same bits.
 
 SPDX-License-Identifier: MIT
 */
@@ -19,8 +24,12 @@ SPDX-License-Identifier: MIT
 #endif
 #include "train_nsa.c"
 
-#include <cublas_v2.h>
+#include <cublasLt.h>
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <type_traits>
+
+typedef __nv_bfloat16 bf16;
 
 // ----------------------------------------------------------------------------
 // 1. Utilities
@@ -33,11 +42,13 @@ static void cuda_check(cudaError_t status, const char *call, const char *file, i
 }
 
 static void cublas_check(cublasStatus_t status, const char *call, const char *file, int line) {
-    if (status != CUBLAS_STATUS_SUCCESS) die(1, "%s:%d: %s: %s", file, line, call, cublasGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS) die(1, "%s:%d: %s: cuBLAS status %d", file, line, call, (int)status);
 }
 
-static cublasHandle_t cublas;
+static cublasLtHandle_t cublas;
+static void *cublas_workspace;
 static cudaDeviceProp gpu;      // all zero until device_open
+enum { CUBLAS_WORKSPACE = 32 << 20 };
 
 // The first GPU that the system shows (CUDA_VISIBLE_DEVICES chooses). Called before anything else of CUDA.
 static void device_open(void) {
@@ -48,7 +59,8 @@ static void device_open(void) {
         die(1, "no GPU to compute on (%s): train_nsa is the same program for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
     CUDA(cudaSetDevice(0));
     CUDA(cudaGetDeviceProperties(&gpu, 0));
-    CUBLAS(cublasCreate(&cublas));
+    CUBLAS(cublasLtCreate(&cublas));
+    CUDA(cudaMalloc(&cublas_workspace, CUBLAS_WORKSPACE));
 }
 
 int64_t device_memory(void) {
@@ -57,8 +69,6 @@ int64_t device_memory(void) {
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     return (int64_t)free_bytes;
 }
-
-void device_describe(Text *out) { text_add(out, "%s (sm_%d%d), f32", gpu.name, gpu.major, gpu.minor); }
 
 static void *device_malloc(int64_t bytes) {
     void *p = NULL;
@@ -70,6 +80,14 @@ static void to_device(void *device, const void *host, int64_t bytes) { CUDA(cuda
 static void to_host(void *host, const void *device, int64_t bytes) { CUDA(cudaMemcpy(host, device, (size_t)bytes, cudaMemcpyDeviceToHost)); }
 static void device_zero(void *p, int64_t bytes) { if (bytes > 0) CUDA(cudaMemsetAsync(p, 0, (size_t)bytes)); }
 static void device_copy(void *to, const void *from, int64_t bytes) { CUDA(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice)); }
+
+// Memory is counted (memory NULL) and then carved by the same calls, so that what is printed is what is taken.
+typedef struct Carver { char *memory; int64_t used; } Carver;
+template <typename X>
+static void carve(Carver *m, X **p, int64_t n) {
+    *p = m->memory ? (X *)(m->memory + m->used) : NULL;
+    m->used += round_up(n * (int64_t)sizeof(X), 256);
+}
 
 // Kernels of one thread an item take grid(items, THREADS) blocks, those of one warp an item grid(items, WARPS).
 enum { THREADS = 256, WARP = 32, WARPS = THREADS / WARP };
@@ -94,28 +112,457 @@ __device__ static inline float warp_max(float x) {
     return x;
 }
 
-// c (m,n) = or += op(a) (m,k) · op(b) (k,n), row-major, `batch` times with strides; op turns a matrix on its side.
+// N neighbours that are loaded and stored at once: kernels that only pass through memory take 16 bytes a thread where sizes allow,
+// else N = 1.
+template <typename F, int N> struct alignas(sizeof(F) * N) Pack { F of[N]; };
+template <typename F> constexpr int pack_size = 16 / (int)sizeof(F);
+template <int N, typename F> __device__ static inline Pack<F, N> load(const F *p) { return *(const Pack<F, N> *)p; }
+template <int N, typename F> __device__ static inline void store(F *p, const Pack<F, N> &x) { *(Pack<F, N> *)p = x; }
+template <typename F> static inline int packs(int64_t size) { return size % pack_size<F> == 0; }
+
+// ----------------------------------------------------------------------------
+// Matrix products, all through cuBLASLt. Which of its kernels is best for a product it is asked once, and the answer kept.
+
+template <typename X> constexpr cudaDataType_t cuda_type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+
+// What decides the kernel. As bytes, with no gaps: it is compared with memcmp.
+typedef struct Product {
+    int64_t m, n, k, lda, ldb, ldc, batch, stride_a, stride_b, stride_c;
+    int32_t turn_a, turn_b, type_in, type_out, accumulate, alignment;
+} Product;
+typedef struct ProductPlan {
+    Product product;
+    cublasLtMatmulDesc_t call;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+} ProductPlan;
+
+static cublasLtMatrixLayout_t matrix_layout(cudaDataType_t type, int64_t rows, int64_t cols, int64_t ld, int64_t batch, int64_t stride) {
+    cublasLtMatrixLayout_t layout;
+    const int32_t count = (int32_t)batch;
+    CUBLAS(cublasLtMatrixLayoutCreate(&layout, type, (uint64_t)rows, (uint64_t)cols, ld));
+    CUBLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
+    CUBLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride));
+    return layout;
+}
+
 // cuBLAS counts columns first: a row-major matrix is its own transpose there, hence b before a.
-static void gemm(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, int turn_a, const float *b, int64_t ldb, int turn_b,
-                 float *c, int64_t ldc, int accumulate, int64_t batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_c = 0) {
+static void product_plan(ProductPlan *plan, const Product *p) {
+    const cublasOperation_t first = p->turn_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->turn_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cudaDataType_t in = (cudaDataType_t)p->type_in, out = (cudaDataType_t)p->type_out;
+    const size_t workspace = CUBLAS_WORKSPACE;
+    const uint32_t alignment = (uint32_t)p->alignment;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t best;
+    int found = 0;
+    plan->product = *p;
+    CUBLAS(cublasLtMatmulDescCreate(&plan->call, CUBLAS_COMPUTE_32F, CUDA_R_32F));      // without TF32
+    CUBLAS(cublasLtMatmulDescSetAttribute(plan->call, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    CUBLAS(cublasLtMatmulDescSetAttribute(plan->call, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    plan->b = p->turn_b ? matrix_layout(in, p->k, p->n, p->ldb, p->batch, p->stride_b) : matrix_layout(in, p->n, p->k, p->ldb, p->batch, p->stride_b);
+    plan->a = p->turn_a ? matrix_layout(in, p->m, p->k, p->lda, p->batch, p->stride_a) : matrix_layout(in, p->k, p->m, p->lda, p->batch, p->stride_a);
+    plan->c = matrix_layout(out, p->n, p->m, p->ldc, p->batch, p->stride_c);
+    CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    const cublasLtMatmulPreferenceAttributes_t aligned[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    for (int i = 0; i < 4; i++) CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &alignment, sizeof alignment));
+    CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas, plan->call, plan->b, plan->a, plan->c, plan->c, preference, 1, &best, &found));
+    if (!found) die(1, "cuBLAS knows no kernel for a product of (%" PRId64 ",%" PRId64 ") and (%" PRId64 ",%" PRId64 ")", p->m, p->k, p->k, p->n);
+    CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+    plan->algorithm = best.algo;
+}
+
+static const ProductPlan *product_find(const Product *p) {
+    enum { PLANS = 1024 };      // a model has a few dozen; mixtures of experts without grouped products many
+    static ProductPlan *plans[PLANS];
+    uint64_t hash = 0xcbf29ce484222325;
+    for (size_t i = 0; i < sizeof *p; i++) hash = (hash ^ ((const unsigned char *)p)[i]) * 0x100000001b3;
+    ProductPlan **place = &plans[hash % PLANS];
+    if (*place && memcmp(&(*place)->product, p, sizeof *p) == 0) return *place;
+    if (*place) {       // two products that share a place take turns
+        const cublasLtMatrixLayout_t layouts[] = {(*place)->a, (*place)->b, (*place)->c};
+        for (int i = 0; i < 3; i++) CUBLAS(cublasLtMatrixLayoutDestroy(layouts[i]));
+        CUBLAS(cublasLtMatmulDescDestroy((*place)->call));
+    } else {
+        *place = (ProductPlan *)xcalloc(1, sizeof(ProductPlan));
+    }
+    product_plan(*place, p);
+    return *place;
+}
+
+// The largest power of two up to 16 that divides every address given.
+static int32_t alignment_of(const void *a, const void *b, const void *c) {
+    const uintptr_t all = (uintptr_t)a | (uintptr_t)b | (uintptr_t)c | 16;
+    return (int32_t)(all & (~all + 1));
+}
+
+// c (m,n) = or += op(a) (m,k) · op(b) (k,n), row-major, rows ld apart, `batch` times with strides; op turns a matrix on its side.
+template <typename In, typename Out>
+static void gemm(int64_t m, int64_t n, int64_t k, const In *a, int64_t lda, int turn_a, const In *b, int64_t ldb, int turn_b,
+                 Out *c, int64_t ldc, int accumulate, int64_t batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_c = 0) {
     if (m == 0 || n == 0 || k == 0 || batch == 0) return;
+    Product p;
+    memset(&p, 0, sizeof p);
+    p.m = m, p.n = n, p.k = k, p.lda = lda, p.ldb = ldb, p.ldc = ldc;
+    p.batch = batch, p.stride_a = stride_a, p.stride_b = stride_b, p.stride_c = stride_c;
+    p.turn_a = turn_a, p.turn_b = turn_b, p.type_in = cuda_type<In>, p.type_out = cuda_type<Out>, p.accumulate = accumulate;
+    p.alignment = alignment_of(a, b, c);
+    const ProductPlan *plan = product_find(&p);
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
-    CUBLAS(cublasSgemmStridedBatched(cublas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N, turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)n, (int)m, (int)k,
-                                     &one, b, (int)ldb, stride_b, a, (int)lda, stride_a, &beta, c, (int)ldc, stride_c, (int)batch));
+    CUBLAS(cublasLtMatmul(cublas, plan->call, &one, b, plan->b, a, plan->a, &beta, c, plan->c, c, plan->c, &plan->algorithm, cublas_workspace, CUBLAS_WORKSPACE, 0));
 }
 
 // out (N,OC) = inp (N,C) · weight (OC,C)ᵀ
-static void gpu_linear_forward(float *out, int64_t out_row, const float *inp, int64_t inp_row, const float *weight, int64_t n, int64_t c, int64_t oc) {
+template <typename F, typename Out>
+static void gpu_linear_forward(Out *out, int64_t out_row, const F *inp, int64_t inp_row, const F *weight, int64_t n, int64_t c, int64_t oc) {
     gemm(n, oc, c, inp, inp_row, 0, weight, c, 1, out, out_row, 0);
 }
 
 // dinp (N,C) = or += dout (N,OC) · weight; dweight (OC,C) += doutᵀ · inp. dinp may be NULL.
-static void gpu_linear_backward(float *dinp, int64_t dinp_row, float *dweight, const float *dout, int64_t dout_row, const float *inp, int64_t inp_row,
-                                const float *weight, int64_t n, int64_t c, int64_t oc, int accumulate_dinp) {
+template <typename F>
+static void gpu_linear_backward(F *dinp, int64_t dinp_row, float *dweight, const F *dout, int64_t dout_row, const F *inp, int64_t inp_row,
+                                const F *weight, int64_t n, int64_t c, int64_t oc, int accumulate_dinp) {
     if (dinp) gemm(n, c, oc, dout, dout_row, 0, weight, c, 0, dinp, dinp_row, accumulate_dinp);
     gemm(oc, c, n, dout, dout_row, 1, inp, inp_row, 0, dweight, c, 1);
 }
 
+// ----------------------------------------------------------------------------
+// Tensor cores and asynchronous copies, as functions. CUDA on the CPU has its own.
+
+#ifdef CUDA_ON_CPU
+static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_16816(d, a, b); }
+static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, false); }
+static inline void ldmatrix_x4_turned(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, true); }
+static inline void cp_async_16(void *to, const void *from, int filled) { emu_cp_async(to, from, 16, filled); }
+static inline void cp_async_commit(void) { emu_cp_async_commit(); }
+template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
+#else
+__device__ static inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// d (16,8) += a (16,16) · b (16,8), bf16 into f32, by a warp.
+__device__ static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four matrices (8,8): lane i names row i % 8 of matrix i / 8; a lane gets row lane / 4, columns 2·(lane % 4) and the next of each.
+__device__ static inline void ldmatrix_x4(unsigned r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ static inline void ldmatrix_x4_turned(unsigned r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+// 16 bytes into shared memory, of which `filled` are copied and the rest are zero.
+__device__ static inline void cp_async_16(void *to, const void *from, int filled) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
+}
+__device__ static inline void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> __device__ static inline void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory"); }
+#endif
+
+// ----------------------------------------------------------------------------
+// Matrix products of many experts in one launch. Rows are sorted by expert, those of expert e are start[e] .. start[e+1] of
+// GPU memory: the host never learns how many. It launches as many blocks as there can be tiles; each finds its own expert and
+// rows, or that there are none. Every number is summed by one thread in one order: the same bits always.
+
+typedef struct Groups {
+    const int64_t *start;       // (E+1), on the GPU
+    int E;
+    int64_t rows;               // at most
+} Groups;
+
+// A factor as it lies in memory: row r at x + (list ? list[r] : r)·columns; none from `rows` on.
+template <typename F>
+struct Factor {
+    const F *x;
+    const int *list;
+    int rows, columns;
+    __device__ const F *at(int row, int column) const { return x + (int64_t)(list ? list[row] : row) * columns + column; }
+    __device__ int holds(int row, int column) const { return row < rows && column < columns; }
+};
+
+// What becomes of a product: it is stored, or added to a gradient.
+template <typename F>
+struct Store {
+    F *out;
+    int64_t columns;
+    __device__ void one(int row, int column, float x) const { out[row * columns + column] = (F)x; }
+    __device__ void two(int row, int column, float x, float y) const { *(__nv_bfloat162 *)(out + row * columns + column) = __floats2bfloat162_rn(x, y); }
+};
+struct Add {
+    float *out;
+    int64_t columns;
+    __device__ void one(int row, int column, float x) const { out[row * columns + column] += x; }
+    __device__ void two(int row, int column, float x, float y) const {
+        float2 *at = (float2 *)(out + row * columns + column);
+        *at = make_float2(at->x + x, at->y + y);
+    }
+};
+
+// A block's tile of a product, out (TILE,TILE) = Σ_k a(row, k)·b(column, k). A factor lies with k along its rows, or turned: its
+// rows are the k and its columns the tile's rows or columns. This tier is for any type and shape: a thread makes 4 x 4 numbers.
+template <typename F, bool TURN_A, bool TURN_B>
+struct SimpleProduct {
+    enum { TILE = 64, DEPTH = 16, BLOCK = 256, BLOCKS = 2, BYTES = 0, EACH = 4, ACROSS = TILE / EACH };
+    typedef float Tile[DEPTH][TILE + 4];
+    float d[EACH][EACH];
+
+    template <bool TURN>
+    __device__ static void fill(Tile tile, const Factor<F> &x, int from, int k) {
+        for (int i = threadIdx.x; i < TILE * DEPTH; i += BLOCK) {
+            const int place = TURN ? i % TILE : i / DEPTH, depth = TURN ? i / TILE : i % DEPTH;
+            const int row = TURN ? k + depth : from + place, column = TURN ? from + place : k + depth;
+            tile[depth][place] = x.holds(row, column) ? (float)*x.at(row, column) : 0;
+        }
+    }
+
+    __device__ void multiply(const Factor<F> &a, int a_from, const Factor<F> &b, int b_from, int k, int k_end) {
+        __shared__ Tile as, bs;
+        const int row = threadIdx.x / ACROSS * EACH, column = threadIdx.x % ACROSS * EACH;
+        for (int i = 0; i < EACH * EACH; i++) d[i / EACH][i % EACH] = 0;
+        for (; k < k_end; k += DEPTH) {
+            fill<TURN_A>(as, a, a_from, k);
+            fill<TURN_B>(bs, b, b_from, k);
+            __syncthreads();
+            for (int p = 0; p < DEPTH; p++)
+                for (int i = 0; i < EACH * EACH; i++) d[i / EACH][i % EACH] += as[p][row + i / EACH] * bs[p][column + i % EACH];
+            __syncthreads();
+        }
+    }
+
+    template <typename To>
+    __device__ void put(const To &to, int row, int rows, int column, int columns) const {
+        row += threadIdx.x / ACROSS * EACH;
+        column += threadIdx.x % ACROSS * EACH;
+        for (int i = 0; i < EACH; i++)
+            for (int j = 0; j < EACH; j++)
+                if (row + i < rows && column + j < columns) to.one(row + i, column + j, d[i][j]);
+    }
+};
+
+// The same by tensor cores, for bf16 whose rows are a multiple of 16 bytes and begin at one. Four warps make (64,64) each: at that
+// size shared memory feeds the tensor cores with time to spare. Tiles of both factors come STAGES - 1 ahead of their use.
+template <bool TURN_A, bool TURN_B>
+struct FastProduct {
+    enum { TILE = 128, DEPTH = 64, STAGES = 3, BLOCK = 128, BLOCKS = 2, NUMBERS = TILE * DEPTH, BYTES = STAGES * 2 * NUMBERS * 2, EACH = NUMBERS / 8 / BLOCK, PART = 64 };
+    float d[PART / 16][PART / 8][4];
+
+    __device__ static int part_row(void) { return threadIdx.x / WARP / 2 * PART; }
+    __device__ static int part_column(void) { return threadIdx.x / WARP % 2 * PART; }
+
+    // Numbers lie in chunks of 16 bytes; those of row r change places by r % 8, so that eight rows of a column of chunks, which
+    // ldmatrix reads together, are in different banks.
+    template <bool TURN>
+    __device__ static int place(int row, int chunk) { return row * Lines<TURN>::LENGTH + (chunk ^ (row & 7)) * 8; }
+
+    // A tile as it is copied: a thread takes one chunk of EACH of its lines, STEP lines apart.
+    template <bool TURN>
+    struct Lines {
+        enum { LENGTH = TURN ? TILE : DEPTH, CHUNKS = LENGTH / 8, STEP = BLOCK / CHUNKS };
+        int row[EACH];          // of the factor
+        __device__ static int line(void) { return threadIdx.x / CHUNKS; }
+        __device__ static int chunk(void) { return threadIdx.x % CHUNKS; }
+
+        // Lines behind the last row read that again: the product does not keep theirs, or they are made zero.
+        __device__ void find(const Factor<bf16> &x, int from) {
+            const int first = from + line(), last = x.rows - 1;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) row[i] = first + i * STEP < last ? first + i * STEP : last;
+            if (!x.list) return;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) row[i] = x.list[row[i]];
+        }
+
+        // What is behind the end of k is zero; what is behind that of the product's rows or columns is anything.
+        __device__ void fetch(bf16 *tile, const Factor<bf16> &x, int from, int k) {
+            if (TURN) find(x, k);
+            const int column = (TURN ? from : k) + chunk() * 8, inside = column < x.columns, row_bytes = x.columns * (int)sizeof(bf16);
+            const char *source = (const char *)(x.x + (inside ? column : 0));
+            bf16 *to = tile + place<TURN>(line(), chunk());
+            #pragma unroll
+            for (int i = 0; i < EACH; i++)
+                cp_async_16(to + i * STEP * LENGTH, source + (int64_t)row[i] * row_bytes, (TURN ? k + line() + i * STEP < x.rows : inside) ? 16 : 0);
+        }
+    };
+
+    // 16 places (rows or columns of the product) by 16 k: the lane's eight lines begin at `at` and k.
+    template <bool TURN>
+    __device__ static void fragment(unsigned r[4], const bf16 *tile, int at, int k) {
+        const bf16 *row = tile + place<TURN>((TURN ? k : at) + lane() % 8, (TURN ? at : k) / 8);
+        if (TURN) ldmatrix_x4_turned(r, row);
+        else ldmatrix_x4(r, row);
+    }
+
+    __device__ void multiply_tile(const bf16 *as, const bf16 *bs) {
+        const int near = lane() / 8 % 2 * 8, far = lane() / 16 * 8;     // a's registers go by place first, b's by k
+        #pragma unroll
+        for (int k = 0; k < DEPTH; k += 16) {
+            unsigned a[PART / 16][4], b[PART / 16][4];
+            #pragma unroll
+            for (int i = 0; i < PART / 16; i++) fragment<TURN_A>(a[i], as, part_row() + i * 16 + near, k + far);
+            #pragma unroll
+            for (int j = 0; j < PART / 16; j++) fragment<TURN_B>(b[j], bs, part_column() + j * 16 + far, k + near);
+            #pragma unroll
+            for (int i = 0; i < PART / 16; i++)
+                #pragma unroll
+                for (int j = 0; j < PART / 8; j++) mma_16816(d[i][j], a[i], b[j / 2] + j % 2 * 2);
+        }
+    }
+
+    __device__ void multiply(const Factor<bf16> &a, int a_from, const Factor<bf16> &b, int b_from, int k, int k_end) {
+        extern __shared__ uint4 product_tiles[];
+        bf16 *tiles = (bf16 *)product_tiles;
+        const int count = (k_end - k + DEPTH - 1) / DEPTH;
+        Lines<TURN_A> a_lines;
+        Lines<TURN_B> b_lines;
+        if (!TURN_A) a_lines.find(a, a_from);       // the same rows for every tile
+        if (!TURN_B) b_lines.find(b, b_from);
+        #pragma unroll
+        for (int i = 0; i < PART / 16 * (PART / 8) * 4; i++) d[i / 32][i / 4 % 8][i % 4] = 0;
+        for (int next = 0; next < count + STAGES - 1; next++) {
+            const int now = next - (STAGES - 1);
+            if (now >= 0) {         // tile `now` is there for all, and the one before it, whose place `next` takes, is done with
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+            }
+            bf16 *to = tiles + next % STAGES * 2 * NUMBERS;
+            if (next < count) {
+                a_lines.fetch(to, a, a_from, k + next * DEPTH);
+                b_lines.fetch(to + NUMBERS, b, b_from, k + next * DEPTH);
+            }
+            cp_async_commit();
+            if (now >= 0) multiply_tile(tiles + now % STAGES * 2 * NUMBERS, tiles + (now % STAGES * 2 + 1) * NUMBERS);
+        }
+    }
+
+    template <typename To>
+    __device__ void put(const To &to, int row, int rows, int column, int columns) const {
+        row += part_row() + lane() / 4;
+        column += part_column() + lane() % 4 * 2;
+        #pragma unroll
+        for (int i = 0; i < PART / 8; i++)
+            #pragma unroll
+            for (int j = 0; j < PART / 8; j++)
+                if (row + i * 8 < rows && column + j * 8 < columns) to.two(row + i * 8, column + j * 8, d[i / 2][j][i % 2 * 2], d[i / 2][j][i % 2 * 2 + 1]);
+    }
+};
+
+// Rows from .. to of an expert; expert -1: there are none.
+typedef struct Piece { int expert, from, to; } Piece;
+
+// The index-th of the pieces of `size` rows that every expert's rows are cut into; `to` is the end of the expert's rows. A warp
+// looks together, each lane at one expert: lanes sum the pieces up to theirs, and the first whose sum is over index has it.
+__device__ static inline Piece find_piece(const Groups &g, int index, int size) {
+    for (int e = 0; e < g.E; e += WARP) {
+        const int mine = e + lane(), from = mine < g.E ? (int)g.start[mine] : 0, to = mine < g.E ? (int)g.start[mine + 1] : 0;
+        const int pieces = (to - from + size - 1) / size;
+        int sum = pieces;
+        for (int step = 1; step < WARP; step *= 2) {
+            const int before = __shfl_up_sync(~0u, sum, step);
+            if (lane() >= step) sum += before;
+        }
+        const unsigned over = __ballot_sync(~0u, sum > index);
+        if (over) {
+            const int owner = __ffs((int)over) - 1;
+            const int at = from + (index - sum + pieces) * size;
+            return {e + owner, __shfl_sync(~0u, at, owner), __shfl_sync(~0u, to, owner)};
+        }
+        index -= __shfl_sync(~0u, sum, WARP - 1);
+    }
+    return {-1, 0, 0};
+}
+
+// out (R,OUT) = inp (R,IN) · the expert's weight, which lies (OUT,IN), or where the product turns it (IN,OUT).
+template <typename P, typename F>
+__global__ void __launch_bounds__(P::BLOCK, P::BLOCKS) grouped_rows_kernel(F *out, int columns, Factor<F> inp, Factor<F> weight, int64_t stride, Groups g) {
+    const int across = (columns + P::TILE - 1) / P::TILE, column = blockIdx.x % across * P::TILE;
+    const Piece piece = find_piece(g, blockIdx.x / across, P::TILE);
+    if (piece.expert < 0) return;
+    inp.rows = piece.to;
+    weight.x += piece.expert * stride;
+    P product;
+    product.multiply(inp, piece.from, weight, column, 0, inp.columns);
+    product.put(Store<F>{out, columns}, piece.from, piece.to, column, columns);
+}
+
+// dweight of expert e (OC,C) += dout[rows of e] (.,OC)ᵀ · inp[rows of e] (.,C)
+template <typename P, typename F>
+__global__ void __launch_bounds__(P::BLOCK, P::BLOCKS) grouped_dweight_kernel(float *dweight, int64_t stride, Factor<F> dout, Factor<F> inp, Groups g) {
+    const int down = (dout.columns + P::TILE - 1) / P::TILE, across = (inp.columns + P::TILE - 1) / P::TILE;
+    const int expert = blockIdx.x / (down * across), row = blockIdx.x / across % down * P::TILE, column = blockIdx.x % across * P::TILE;
+    const int from = (int)g.start[expert], to = (int)g.start[expert + 1];
+    if (from == to) return;
+    dout.rows = inp.rows = to;
+    P product;
+    product.multiply(dout, row, inp, column, from, to);
+    product.put(Add{dweight + expert * stride, inp.columns}, row, dout.columns, column, inp.columns);
+}
+
+template <typename Kernel>
+static Kernel *with_shared_memory(Kernel *kernel, int bytes) {
+    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    return kernel;
+}
+
+template <typename P, typename F>
+static void grouped_rows(F *out, int64_t columns, Factor<F> inp, Factor<F> weight, int64_t stride, const Groups *g) {
+    const int64_t pieces = min64(g->rows, g->rows / P::TILE + g->E), across = (columns + P::TILE - 1) / P::TILE;
+    if (pieces * across == 0) return;
+    with_shared_memory(grouped_rows_kernel<P, F>, P::BYTES);
+    grouped_rows_kernel<P, F><<<grid(pieces * across, 1), P::BLOCK, P::BYTES>>>(out, (int)columns, inp, weight, stride, *g);
+    LAUNCHED();
+}
+
+template <typename P, typename F>
+static void grouped_weights(float *dweight, int64_t stride, Factor<F> dout, Factor<F> inp, const Groups *g) {
+    const int64_t down = (dout.columns + P::TILE - 1) / P::TILE, across = (inp.columns + P::TILE - 1) / P::TILE;
+    if (g->E * down * across == 0) return;
+    with_shared_memory(grouped_dweight_kernel<P, F>, P::BYTES);
+    grouped_dweight_kernel<P, F><<<grid(g->E * down * across, 1), P::BLOCK, P::BYTES>>>(dweight, stride, dout, inp, *g);
+    LAUNCHED();
+}
+
+// Whether rows of c numbers of type F, at each of three places, can be read 16 bytes at a time.
+template <typename F>
+static int by_16_bytes(int64_t c, const void *x, const void *y, const void *z) {
+    return c * sizeof(F) % 16 == 0 && ((uintptr_t)x | (uintptr_t)y | (uintptr_t)z) % 16 == 0;
+}
+template <typename F>
+static int fits_fast(int64_t c, int64_t oc, int64_t stride, const void *x, const void *y, const void *z) {
+    return sizeof(F) == sizeof(bf16) && by_16_bytes<F>(c, x, y, z) && by_16_bytes<F>(oc, x, y, z) && stride * sizeof(F) % 16 == 0;
+}
+
+// out (R,OC) = inp (R,C) · W_eᵀ for each expert e and its rows, W_e (OC,C) at weight + e·stride. With a list, inp's row r is list[r].
+template <typename F>
+static void grouped_forward(F *out, const F *inp, const int *list, const F *weight, int64_t stride, int64_t c, int64_t oc, const Groups *g) {
+    const Factor<F> x = {inp, list, 0, (int)c}, w = {weight, NULL, (int)oc, (int)c};
+    if constexpr (sizeof(F) == sizeof(bf16))
+        if (fits_fast<F>(c, oc, stride, out, inp, weight)) return grouped_rows<FastProduct<false, false>>(out, oc, x, w, stride, g);
+    grouped_rows<SimpleProduct<F, false, false>>(out, oc, x, w, stride, g);
+}
+
+// dinp (R,C) = dout (R,OC) · W_e. With a list, dout's row r is list[r].
+template <typename F>
+static void grouped_dinp(F *dinp, const F *dout, const int *list, const F *weight, int64_t stride, int64_t c, int64_t oc, const Groups *g) {
+    const Factor<F> dy = {dout, list, 0, (int)oc}, w = {weight, NULL, (int)oc, (int)c};
+    if constexpr (sizeof(F) == sizeof(bf16))
+        if (fits_fast<F>(c, oc, stride, dinp, dout, weight)) return grouped_rows<FastProduct<false, true>>(dinp, c, dy, w, stride, g);
+    grouped_rows<SimpleProduct<F, false, true>>(dinp, c, dy, w, stride, g);
+}
+
+// dW_e (OC,C) += dout[rows of e]ᵀ · inp[rows of e], at dweight + e·stride; either may have a list.
+template <typename F>
+static void grouped_dweight(float *dweight, int64_t stride, const F *dout, const int *dout_list, const F *inp, const int *inp_list,
+                            int64_t c, int64_t oc, const Groups *g) {
+    const Factor<F> dy = {dout, dout_list, 0, (int)oc}, x = {inp, inp_list, 0, (int)c};
+    if constexpr (sizeof(F) == sizeof(bf16))
+        if (fits_fast<F>(c, oc, stride, dweight, dout, inp)) return grouped_weights<FastProduct<true, true>>(dweight, stride, dy, x, g);
+    grouped_weights<SimpleProduct<F, true, true>>(dweight, stride, dy, x, g);
+}
+
+// ----------------------------------------------------------------------------
 // Sums down the columns of something that is a matrix (rows,cols) of `value(row, col)`: gradients of biases, norms, gates.
 // Rows are cut into at most SUM_PARTS parts of fixed size and the parts are added in order: no atomics, the same bits always.
 enum { SUM_PARTS = 64, SUM_ROWS = 8 };
@@ -154,8 +601,9 @@ static void column_sums(float *out, int64_t rows, int64_t cols, Value value, flo
 }
 
 // A matrix as it lies in memory.
+template <typename F>
 struct Plain {
-    const float *x;
+    const F *x;
     int64_t row_size;
     __device__ float operator()(int64_t row, int64_t col) const { return x[row * row_size + col]; }
 };
@@ -164,12 +612,7 @@ struct Plain {
 // 2. Layers
 
 // ----------------------------------------------------------------------------
-// Embedding, dropout, residual addition
-
-__global__ void embed_kernel(float *out, const int *tokens, const float *embed, int64_t n, int64_t c) {
-    const int64_t i = global_thread();
-    if (i < n * c) out[i] = embed[tokens[i / c] * c + i % c];
-}
+// Embedding, dropout
 
 // What dropout does at one site; p = 0: nothing.
 typedef struct Dropout { double p; uint64_t seed; int64_t step, first; int site; } Dropout;
@@ -180,106 +623,218 @@ static Dropout dropout_at(const Config *c, int64_t T, int site, const StepInfo *
     return d;
 }
 
-// out = x + dropout(y), elementwise; x may be NULL, out may be x or y.
-__global__ void dropout_add_kernel(float *out, const float *x, const float *y, int64_t n, Dropout d) {
-    const int64_t i = global_thread();
-    if (i >= n) return;
-    float keep = 1;
-    if (d.p > 0) {
-        uint32_t word[4];
-        const int64_t e = d.first + i;
-        dropout_words(word, e / 4, d.seed, d.step, d.site);
-        keep = word[e % 4] < dropout_limit(d.p) ? 0 : (float)(1 / (1 - d.p));
-    }
-    out[i] = (x ? x[i] : 0) + y[i] * keep;
+// What dropout multiplies number i of its site by.
+__device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
+    if (d->p <= 0) return 1;
+    uint32_t word[4];
+    const int64_t e = d->first + i;
+    dropout_words(word, e / 4, d->seed, d->step, d->site);
+    return word[e % 4] < dropout_limit(d->p) ? 0 : (float)(1 / (1 - d->p));
 }
 
-static void dropout_add(float *out, const float *x, const float *y, int64_t n, Dropout d) {
-    dropout_add_kernel<<<grid(n, THREADS), THREADS>>>(out, x, y, n, d);
+template <typename F>
+__global__ void embed_kernel(F *out, const int *tokens, const F *embed, int64_t n, int64_t c, Dropout d) {
+    const int64_t i = global_thread();
+    if (i < n * c) out[i] = (F)((float)embed[tokens[i / c] * c + i % c] * dropout_factor(&d, i));
+}
+
+template <typename F>
+__global__ void dropout_kernel(F *out, const F *x, int64_t n, Dropout d) {
+    const int64_t i = global_thread();
+    if (i < n) out[i] = (F)((float)x[i] * dropout_factor(&d, i));
+}
+
+// The gradient behind dropout: dx itself where there is none, else in `spare`.
+template <typename F>
+static const F *dropout_backward(F *spare, const F *dx, int64_t n, Dropout d) {
+    if (d.p <= 0) return dx;
+    dropout_kernel<<<grid(n, THREADS), THREADS>>>(spare, dx, n, d);
     LAUNCHED();
+    return spare;
 }
 
 // dembed (V,C) += the rows of dx (N,C) of each token, in the order of the text: `places` (N) sorted by token, token i of those
 // that occur at places[start[i]] .. places[start[i+1]].
-__global__ void embed_backward_kernel(float *dembed, const float *dx, const int *occurring, const int *start, const int *places, int64_t c) {
+template <typename F>
+__global__ void embed_backward_kernel(float *dembed, const F *dx, const int *occurring, const int *start, const int *places, int64_t c) {
     const int64_t token = occurring[blockIdx.x];
     for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
         float sum = 0;
-        for (int i = start[blockIdx.x]; i < start[blockIdx.x + 1]; i++) sum += dx[places[i] * c + j];
+        for (int i = start[blockIdx.x]; i < start[blockIdx.x + 1]; i++) sum += (float)dx[places[i] * c + j];
         dembed[token * c + j] += sum;
     }
 }
 
 // ----------------------------------------------------------------------------
-// RMSNorm, a warp a row
+// Residual addition and RMSNorm in one pass, a warp a row: out = x + dropout(y), norm = out·rstd·weight. y may be NULL: then
+// out is x and not written.
 
-__global__ void rmsnorm_forward_kernel(float *out, float *rstd, const float *inp, const float *weight, int64_t n, int64_t c, double eps) {
+template <typename F, int N>
+__global__ void add_norm_kernel(F *out, F *norm, float *rstd, const F *x, const F *y, const float *weight, int64_t n, int64_t c, double eps, Dropout d) {
     const int64_t i = global_warp();
     if (i >= n) return;
-    const float *x = inp + i * c;
+    const F *row = y ? out + i * c : x + i * c;
     float sum = 0;
-    for (int64_t j = lane(); j < c; j += WARP) sum += x[j] * x[j];
+    for (int64_t j = lane() * N; j < c; j += WARP * N) {
+        Pack<F, N> a = load<N>(x + i * c + j);
+        if (y) {
+            const Pack<F, N> b = load<N>(y + i * c + j);
+            for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] + (float)b.of[v] * dropout_factor(&d, i * c + j + v));
+            store<N>(out + i * c + j, a);
+        }
+        for (int v = 0; v < N; v++) sum += (float)a.of[v] * (float)a.of[v];
+    }
     const float s = (float)(1 / sqrt((double)warp_sum(sum) / (double)c + eps));
-    for (int64_t j = lane(); j < c; j += WARP) out[i * c + j] = x[j] * s * weight[j];
+    for (int64_t j = lane() * N; j < c; j += WARP * N) {        // a lane reads what it wrote itself
+        Pack<F, N> a = load<N>(row + j);
+        for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] * s * weight[j + v]);
+        store<N>(norm + i * c + j, a);
+    }
     if (lane() == 0) rstd[i] = s;
 }
 
-static void gpu_rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int64_t n, int64_t c, double eps) {
-    rmsnorm_forward_kernel<<<grid(n, WARPS), THREADS>>>(out, rstd, inp, weight, n, c, eps);
+template <typename F>
+static void gpu_add_norm(F *out, F *norm, float *rstd, const F *x, const F *y, const float *weight, int64_t n, int64_t c, double eps, Dropout d) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(c)) add_norm_kernel<F, N><<<grid(n, WARPS), THREADS>>>(out, norm, rstd, x, y, weight, n, c, eps, d);
+    else add_norm_kernel<F, 1><<<grid(n, WARPS), THREADS>>>(out, norm, rstd, x, y, weight, n, c, eps, d);
     LAUNCHED();
 }
 
-__global__ void rmsnorm_again_kernel(float *out, const float *rstd, const float *inp, const float *weight, int64_t n, int64_t c) {
-    const int64_t i = global_thread();
-    if (i < n * c) out[i] = inp[i] * rstd[i / c] * weight[i % c];
+template <typename F>
+static void gpu_rmsnorm_forward(F *norm, float *rstd, const F *x, const float *weight, int64_t n, int64_t c, double eps) {
+    const Dropout none = {0, 0, 0, 0, 0};
+    gpu_add_norm<F>(NULL, norm, rstd, x, NULL, weight, n, c, eps, none);
 }
 
-static void gpu_rmsnorm_again(float *out, const float *rstd, const float *inp, const float *weight, int64_t n, int64_t c) {
-    rmsnorm_again_kernel<<<grid(n * c, THREADS), THREADS>>>(out, rstd, inp, weight, n, c);
+template <typename F, int N>
+__global__ void norm_again_kernel(F *norm, const float *rstd, const F *x, const float *weight, int64_t n, int64_t c) {
+    const int64_t i = global_thread() * N;
+    if (i >= n * c) return;
+    Pack<F, N> a = load<N>(x + i);
+    const float s = rstd[i / c];
+    for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] * s * weight[i % c + v]);
+    store<N>(norm + i, a);
+}
+
+// norm from a kept rstd.
+template <typename F>
+static void gpu_norm_again(F *norm, const float *rstd, const F *x, const float *weight, int64_t n, int64_t c) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(c)) norm_again_kernel<F, N><<<grid(n * c / N, THREADS), THREADS>>>(norm, rstd, x, weight, n, c);
+    else norm_again_kernel<F, 1><<<grid(n * c, THREADS), THREADS>>>(norm, rstd, x, weight, n, c);
     LAUNCHED();
 }
 
-__global__ void rmsnorm_dinp_kernel(float *dinp, const float *dout, const float *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
-    const int64_t i = global_warp();
-    if (i >= n) return;
-    const float *x = inp + i * c, *dy = dout + i * c, s = rstd[i];
-    float sum = 0;
-    for (int64_t j = lane(); j < c; j += WARP) sum += dy[j] * weight[j] * x[j];
-    const float mean = warp_sum(sum) * s * s / (float)c;
-    for (int64_t j = lane(); j < c; j += WARP) dinp[i * c + j] += s * (dy[j] * weight[j] - x[j] * mean);
+// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A block
+// takes every gridDim-th row; a column belongs to one thread, which alone adds to its sum in shared memory.
+enum { NORM_BLOCKS = 1024 };
+
+template <typename F, int N>
+__global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
+    extern __shared__ float part[];
+    __shared__ float of_warp[2][WARPS];
+    for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N)
+        for (int v = 0; v < N; v++) part[j + v] = 0;
+    int turn = 0;       // two sets of sums, so that one barrier a row is enough
+    for (int64_t i = blockIdx.x; i < n; i += gridDim.x, turn ^= 1) {
+        const F *x = inp + i * c, *d = dy + i * c;
+        const float s = rstd[i];
+        float sum = 0, mean = 0;
+        for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N) {
+            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
+            for (int v = 0; v < N; v++) sum += (float)b.of[v] * weight[j + v] * (float)a.of[v];
+        }
+        sum = warp_sum(sum);
+        if (lane() == 0) of_warp[turn][threadIdx.x / WARP] = sum;
+        __syncthreads();
+        for (int w = 0; w < WARPS; w++) mean += of_warp[turn][w];
+        mean *= s * s / (float)c;
+        for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N) {
+            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
+            Pack<F, N> g = load<N>(dx + i * c + j);
+            for (int v = 0; v < N; v++) {
+                g.of[v] = (F)((float)g.of[v] + s * ((float)b.of[v] * weight[j + v] - (float)a.of[v] * mean));
+                part[j + v] += (float)b.of[v] * (float)a.of[v] * s;
+            }
+            store<N>(dx + i * c + j, g);
+        }
+    }
+    for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N)
+        for (int v = 0; v < N; v++) parts[blockIdx.x * c + j + v] = part[j + v];
 }
 
-struct NormWeightGradient {
-    const float *dout, *inp, *rstd;
-    int64_t c;
-    __device__ float operator()(int64_t row, int64_t col) const { return dout[row * c + col] * inp[row * c + col] * rstd[row]; }
-};
+// Lets a kernel take `bytes` of a block's shared memory.
+template <typename Kernel>
+static void allow_shared(Kernel kernel, int64_t bytes, const char *what, const char *fix) {
+    const int64_t most = (int64_t)gpu.sharedMemPerBlockOptin;
+    if (bytes > most) die(2, "%s needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": use %s", what, bytes, most, fix);
+    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
 
-static void gpu_rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp, const float *rstd, const float *weight,
-                                 int64_t n, int64_t c, float *parts) {
-    rmsnorm_dinp_kernel<<<grid(n, WARPS), THREADS>>>(dinp, dout, inp, rstd, weight, n, c);
+// dinp (N,C) +=, dweight (C) +=; parts: NORM_BLOCKS · C numbers.
+template <typename F>
+static void gpu_rmsnorm_backward(F *dinp, float *dweight, const F *dout, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c, float *parts) {
+    const unsigned blocks = (unsigned)min64(n, NORM_BLOCKS);
+    const auto kernel = c % 4 == 0 ? rmsnorm_backward_kernel<F, 4> : rmsnorm_backward_kernel<F, 1>;
+    const size_t bytes = (size_t)c * sizeof(float);
+    allow_shared(kernel, (int64_t)bytes, "RMSNorm", "a smaller --width");
+    kernel<<<blocks, THREADS, bytes>>>(dinp, parts, dout, inp, rstd, weight, n, c);
+    add_parts_kernel<<<grid(c, THREADS), THREADS>>>(dweight, parts, blocks, c);
     LAUNCHED();
-    const NormWeightGradient value = {dout, inp, rstd, c};
-    column_sums(dweight, n, c, value, parts);
 }
 
 // ----------------------------------------------------------------------------
-// RoPE, a thread a pair
+// RoPE of all heads of a token in one launch: those of q and of each branch's k, wherever in the wide row they lie.
 
-__global__ void rope_kernel(float *x, int64_t x_row, const float *table, int64_t n, int64_t period, int64_t step, int heads, int d, float turn) {
-    const int64_t item = global_thread(), half = d / 2;
-    if (item >= n * heads * half) return;
-    const int64_t j = item % half, h = item / half % heads, i = item / half / heads;
-    const float *angles = table + (i % period) * step * d;
-    float *a = x + i * x_row + h * d + j, *b = a + half;
-    const float aj = *a, bj = *b, cosine = angles[j], sine = turn * angles[half + j];
-    *a = aj * cosine - bj * sine;
-    *b = bj * cosine + aj * sine;
+typedef struct Heads { int count, segments, of[1 + BRANCHES]; int64_t at[1 + BRANCHES]; } Heads;
+static void heads_add(Heads *h, int64_t at, int count) {
+    h->at[h->segments] = at;
+    h->of[h->segments++] = count;
+    h->count += count;
 }
 
-static void gpu_rope(float *x, int64_t x_row, const float *table, int64_t n, int64_t period, int64_t step, int heads, int d, int turn) {
-    if (n == 0) return;
-    rope_kernel<<<grid(n * heads * (d / 2), THREADS), THREADS>>>(x, x_row, table, n, period, step, heads, d, (float)turn);
+// Where head h lies in its row.
+__device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
+    int i = 0;
+    for (; h >= heads->of[i]; i++) h -= heads->of[i];
+    return heads->at[i] + (int64_t)h * d;
+}
+
+// `to` is F or, with another layout, what an f32 gradient becomes: from (n,heads,d) contiguous if `from` is given, else in place.
+template <typename F, int N>
+__global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
+    const int64_t half = d / 2, item = global_thread() * N;
+    if (item >= n * heads.count * half) return;
+    const int64_t j = item % half, i = item / half / heads.count;
+    const int h = (int)(item / half % heads.count);
+    const float *angles = table + (i % period) * step * d + j;
+    F *a = x + i * x_row + head_place(&heads, h, d) + j, *b = a + half;
+    Pack<F, N> first, second;
+    float aj[N], bj[N];
+    if (from) {
+        for (int v = 0; v < N; v++) aj[v] = from[(i * heads.count + h) * d + j + v], bj[v] = from[(i * heads.count + h) * d + half + j + v];
+    } else {
+        first = load<N>(a);
+        second = load<N>(b);
+        for (int v = 0; v < N; v++) aj[v] = (float)first.of[v], bj[v] = (float)second.of[v];
+    }
+    for (int v = 0; v < N; v++) {
+        const float cosine = angles[v], sine = turn * angles[half + v];
+        first.of[v] = (F)(aj[v] * cosine - bj[v] * sine);
+        second.of[v] = (F)(bj[v] * cosine + aj[v] * sine);
+    }
+    store<N>(a, first);
+    store<N>(b, second);
+}
+
+template <typename F>
+static void gpu_rope(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const Heads *heads, int d, int turn) {
+    constexpr int N = pack_size<F>;
+    const int64_t pairs = n * heads->count * (d / 2);
+    if (pairs == 0) return;
+    if (packs<F>(d / 2) && packs<F>(x_row)) rope_kernel<F, N><<<grid(pairs / N, THREADS), THREADS>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
+    else rope_kernel<F, 1><<<grid(pairs, THREADS), THREADS>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
     LAUNCHED();
 }
 
@@ -295,9 +850,10 @@ DEVICE static inline int tile_row(int width) { return width | 1; }
 DEVICE static inline int tile_size(int width) { return WARP * tile_row(width); }
 
 // Rows i < count of the tile from x + i·x_row.
-__device__ static inline void fill_tile(float *tile, const float *x, int64_t x_row, int count, int width) {
+template <typename F>
+__device__ static inline void fill_tile(float *tile, const F *x, int64_t x_row, int count, int width) {
     for (int i = 0; i < count; i++)
-        for (int c = lane(); c < width; c += WARP) tile[i * tile_row(width) + c] = x[i * x_row + c];
+        for (int c = lane(); c < width; c += WARP) tile[i * tile_row(width) + c] = (float)x[i * x_row + c];
 }
 
 // The i-th stretch [lo, hi) of keys that query t sees: one, or one for each selected block. Returns 0 behind the last.
@@ -331,14 +887,15 @@ DEVICE static inline int forward_numbers(const AttentionShape *s) { return s->D 
 DEVICE static inline int dq_numbers(const AttentionShape *s) { return 2 * s->D + s->Dv + WARP + tile_size(s->D) + tile_size(s->Dv); }
 DEVICE static inline int dkv_numbers(const AttentionShape *s) { return 2 * s->D + 2 * s->Dv + 2 * WARP + tile_size(s->D) + tile_size(s->Dv); }
 
-__global__ void attention_forward_kernel(float *out, float *lse, const float *q, const float *k, const float *v, Mask mask, AttentionShape s) {
+template <typename F>
+__global__ void attention_forward_kernel(F *out, float *lse, const F *q, const F *k, const F *v, Mask mask, AttentionShape s) {
     extern __shared__ float shared[];
     const int64_t row = global_warp();
     if (row >= s.B * s.T * s.H) return;
     const QueryRow r = query_row(row, &s);
     float *qs = shared + (threadIdx.x / WARP) * forward_numbers(&s), *o = qs + s.D, *p = o + s.Dv, *keys = p + WARP;
     const float scale = 1 / (float)sqrt((double)s.D);
-    for (int c = lane(); c < s.D; c += WARP) qs[c] = q[r.bt * s.q_row + r.h * s.D + c] * scale;
+    for (int c = lane(); c < s.D; c += WARP) qs[c] = (float)q[r.bt * s.q_row + r.h * s.D + c] * scale;
     for (int c = lane(); c < s.Dv; c += WARP) o[c] = 0;
     __syncwarp();
     float top = -INFINITY, sum = 0;
@@ -360,22 +917,23 @@ __global__ void attention_forward_kernel(float *out, float *lse, const float *q,
             sum = sum * shrink + warp_sum(weight);
             top = higher;
             __syncwarp();
-            const float *values = v + (r.b * s.Tk + k0) * s.v_row + r.kv * s.Dv;
+            const F *values = v + (r.b * s.Tk + k0) * s.v_row + r.kv * s.Dv;
             for (int c = lane(); c < s.Dv; c += WARP) {
                 float a = o[c] * shrink;
-                for (int j = 0; j < count; j++) a += p[j] * values[j * s.v_row + c];
+                for (int j = 0; j < count; j++) a += p[j] * (float)values[j * s.v_row + c];
                 o[c] = a;
             }
             __syncwarp();
         }
     const float inverse = sum > 0 ? 1 / sum : sum;      // a NaN stays one
-    for (int c = lane(); c < s.Dv; c += WARP) out[r.th * s.Dv + c] = o[c] * inverse;
+    for (int c = lane(); c < s.Dv; c += WARP) out[r.th * s.Dv + c] = (F)(o[c] * inverse);
     if (lane() == 0) lse[r.th] = sum == 0 ? -INFINITY : top + logf(sum);
 }
 
-// dq += through the scores; delta (B,T,H) = <gate·dout, out>, which the kernel of dk and dv needs again.
-__global__ void attention_dq_kernel(float *dq, float *delta, const float *dout, const float *gate, const float *out, const float *lse,
-                                    const float *q, const float *k, const float *v, Mask mask, AttentionShape s) {
+// dq (B,T,H,D), f32, = or += through the scores; delta (B,T,H) = <gate·dout, out>, which the kernel of dk and dv needs again.
+template <typename F>
+__global__ void attention_dq_kernel(float *dq, int accumulate, float *delta, const F *dout, const float *gate, const F *out, const float *lse,
+                                    const F *q, const F *k, const F *v, Mask mask, AttentionShape s) {
     extern __shared__ float shared[];
     const int64_t row = global_warp();
     if (row >= s.B * s.T * s.H) return;
@@ -383,12 +941,12 @@ __global__ void attention_dq_kernel(float *dq, float *delta, const float *dout, 
     float *qs = shared + (threadIdx.x / WARP) * dq_numbers(&s), *dqs = qs + s.D, *dos = dqs + s.D, *ds = dos + s.Dv;
     float *keys = ds + WARP, *values = keys + tile_size(s.D);
     const float scale = 1 / (float)sqrt((double)s.D), g = gate ? gate[r.th * BRANCHES] : 1, l = lse[r.th];
-    for (int c = lane(); c < s.D; c += WARP) qs[c] = q[r.bt * s.q_row + r.h * s.D + c] * scale, dqs[c] = 0;
-    for (int c = lane(); c < s.Dv; c += WARP) dos[c] = dout[r.th * s.Dv + c] * g;
+    for (int c = lane(); c < s.D; c += WARP) qs[c] = (float)q[r.bt * s.q_row + r.h * s.D + c] * scale, dqs[c] = 0;
+    for (int c = lane(); c < s.Dv; c += WARP) dos[c] = (float)dout[r.th * s.Dv + c] * g;
     __syncwarp();
     // Summed in the order of dP below and in the next kernel, so that a query with a single key gets exactly no gradient.
     float d = 0;
-    for (int c = 0; c < s.Dv; c++) d += dos[c] * out[r.th * s.Dv + c];
+    for (int c = 0; c < s.Dv; c++) d += dos[c] * (float)out[r.th * s.Dv + c];
     if (lane() == 0) delta[r.th] = d;
     const int *idx = mask.block_idx + (r.bt * s.KV + r.kv) * mask.n;
     int64_t lo, hi;
@@ -414,7 +972,7 @@ __global__ void attention_dq_kernel(float *dq, float *delta, const float *dout, 
             }
             __syncwarp();
         }
-    for (int c = lane(); c < s.D; c += WARP) dq[r.bt * s.q_row + r.h * s.D + c] += dqs[c];
+    for (int c = lane(); c < s.D; c += WARP) dq[r.th * s.D + c] = (accumulate ? dq[r.th * s.D + c] : 0) + dqs[c];
 }
 
 // Lists sorted by key: item x belongs to list `key(x, m)` for one of its M slots (a slot of -1: none). For selection the
@@ -477,9 +1035,10 @@ static void find_takers(const Takers *takers, const int *block_idx, int64_t n, c
     LAUNCHED();
 }
 
-// dk, dv +=: a warp takes one key of one KV head and meets the (query, head) rows that see it, 32 at a time.
-__global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, const float *gate, const float *delta, const float *lse,
-                                     const float *q, const float *k, const float *v, Mask mask, AttentionShape s, Takers takers) {
+// dk, dv: a warp takes one key of one KV head and meets the (query, head) rows that see it, 32 at a time.
+template <typename F>
+__global__ void attention_dkv_kernel(F *dk, F *dv, const F *dout, const float *gate, const float *delta, const float *lse,
+                                     const F *q, const F *k, const F *v, Mask mask, AttentionShape s, Takers takers) {
     extern __shared__ float shared[];
     const int64_t item = global_warp(), G = s.H / s.KV;
     if (item >= s.B * s.KV * s.Tk) return;
@@ -487,8 +1046,8 @@ __global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, co
     float *ks = shared + (threadIdx.x / WARP) * dkv_numbers(&s), *vs = ks + s.D, *dks = vs + s.Dv, *dvs = dks + s.D;
     float *p = dvs + s.Dv, *ds = p + WARP, *queries = ds + WARP, *douts = queries + tile_size(s.D);
     const int64_t at = b * s.Tk + key;
-    for (int c = lane(); c < s.D; c += WARP) ks[c] = k[at * s.k_row + kv * s.D + c], dks[c] = 0;
-    for (int c = lane(); c < s.Dv; c += WARP) vs[c] = v[at * s.v_row + kv * s.Dv + c], dvs[c] = 0;
+    for (int c = lane(); c < s.D; c += WARP) ks[c] = (float)k[at * s.k_row + kv * s.D + c], dks[c] = 0;
+    for (int c = lane(); c < s.Dv; c += WARP) vs[c] = (float)v[at * s.v_row + kv * s.Dv + c], dvs[c] = 0;
     __syncwarp();
     const float scale = 1 / (float)sqrt((double)s.D);
     int64_t from = key, to = s.T;       // the queries: a range, or for selection places in the list of takers
@@ -505,8 +1064,8 @@ __global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, co
         const int count = (int)min64(WARP, (to - from) * G - x0);
         for (int i = 0; i < count; i++) {       // row x is query x / G of the range or list, head x % G of the group
             const int64_t x = x0 + i, bt = b * s.T + (list ? list[from + x / G] : from + x / G), h = kv * G + x % G;
-            for (int c = lane(); c < s.D; c += WARP) queries[i * tile_row(s.D) + c] = q[bt * s.q_row + h * s.D + c];
-            for (int c = lane(); c < s.Dv; c += WARP) douts[i * tile_row(s.Dv) + c] = dout[(bt * s.H + h) * s.Dv + c];
+            for (int c = lane(); c < s.D; c += WARP) queries[i * tile_row(s.D) + c] = (float)q[bt * s.q_row + h * s.D + c];
+            for (int c = lane(); c < s.Dv; c += WARP) douts[i * tile_row(s.Dv) + c] = (float)dout[(bt * s.H + h) * s.Dv + c];
         }
         __syncwarp();
         const int64_t x = x0 + lane();
@@ -538,42 +1097,54 @@ __global__ void attention_dkv_kernel(float *dk, float *dv, const float *dout, co
         }
         __syncwarp();
     }
-    for (int c = lane(); c < s.D; c += WARP) dk[at * s.k_row + kv * s.D + c] += dks[c];
-    for (int c = lane(); c < s.Dv; c += WARP) dv[at * s.v_row + kv * s.Dv + c] += dvs[c];
+    for (int c = lane(); c < s.D; c += WARP) dk[at * s.k_row + kv * s.D + c] = (F)dks[c];
+    for (int c = lane(); c < s.Dv; c += WARP) dv[at * s.v_row + kv * s.Dv + c] = (F)dvs[c];
 }
 
 // Warps of a block whose shared memory (`numbers` a warp) fits; tells the kernel how much it may take.
 template <typename Kernel>
-static int warps_that_fit(Kernel kernel, int64_t numbers, const char *what) {
+static int warps_that_fit(Kernel kernel, int64_t numbers) {
     int warps = ATTENTION_WARPS;
-    const int64_t bytes = numbers * (int64_t)sizeof(float), most = (int64_t)gpu.sharedMemPerBlockOptin;
-    while (warps > 1 && warps * bytes > most) warps /= 2;
-    if (bytes > most) die(2, "%s needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": use a smaller --head-dim or --v-head-dim", what, bytes, most);
-    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(warps * bytes)));
+    const int64_t bytes = numbers * (int64_t)sizeof(float);
+    while (warps > 1 && warps * bytes > (int64_t)gpu.sharedMemPerBlockOptin) warps /= 2;
+    allow_shared(kernel, warps * bytes, "attention", "a smaller --head-dim or --v-head-dim");
     return warps;
 }
 
-static void gpu_attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, const Mask *mask, const AttentionShape *s) {
+template <typename F>
+static void simple_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
     const int64_t numbers = forward_numbers(s);
-    const int warps = warps_that_fit(attention_forward_kernel, numbers, "attention");
-    attention_forward_kernel<<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(out, lse, q, k, v, *mask, *s);
+    const int warps = warps_that_fit(attention_forward_kernel<F>, numbers);
+    attention_forward_kernel<F><<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(out, lse, q, k, v, *mask, *s);
     LAUNCHED();
 }
 
-static void gpu_attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *gate, const float *out, const float *lse,
-                                   const float *q, const float *k, const float *v, const Mask *mask, const AttentionShape *s, float *delta,
-                                   const Takers *takers) {
+template <typename F>
+static void simple_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
+                                      const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers) {
     int64_t numbers = dq_numbers(s);
-    int warps = warps_that_fit(attention_dq_kernel, numbers, "attention");
-    attention_dq_kernel<<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(dq, delta, dout, gate, out, lse, q, k, v, *mask, *s);
+    int warps = warps_that_fit(attention_dq_kernel<F>, numbers);
+    attention_dq_kernel<F><<<grid(s->B * s->T * s->H, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(
+        dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, *mask, *s);
     LAUNCHED();
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) find_takers(takers, mask->block_idx, mask->n, s);
     numbers = dkv_numbers(s);
-    warps = warps_that_fit(attention_dkv_kernel, numbers, "attention");
-    attention_dkv_kernel<<<grid(s->B * s->KV * s->Tk, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(
+    warps = warps_that_fit(attention_dkv_kernel<F>, numbers);
+    attention_dkv_kernel<F><<<grid(s->B * s->KV * s->Tk, warps), warps * WARP, (size_t)(warps * numbers) * sizeof(float)>>>(
         dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, *takers);
     LAUNCHED();
+}
+
+template <typename F>
+static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
+    simple_attention_forward(out, lse, q, k, v, mask, s);
+}
+
+template <typename F>
+static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
+                                   const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers) {
+    simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
 
 // ----------------------------------------------------------------------------
@@ -595,41 +1166,47 @@ static CompressCall compress_call(const CompressShape *s) {
     return call;
 }
 
-__global__ void compress_flatten_kernel(float *flat, const float *x, const float *pos, CompressCall a) {
+template <typename F>
+__global__ void compress_flatten_kernel(F *flat, const F *x, const float *pos, CompressCall a) {
     const int64_t item = global_thread(), D = a.s.D, l = a.s.block;
     if (item >= a.sets * a.rows * l * D) return;
     const int64_t c = item % D, j = item / D % l, r = item / D / l;
-    flat[item] = x[compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows).x + j * a.s.x_row + c] + (pos ? pos[j * D + c] : 0);
+    flat[item] = (F)((float)x[compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows).x + j * a.s.x_row + c] + (pos ? pos[j * D + c] : 0));
 }
 
-__global__ void compress_mean_kernel(float *out, const float *x, CompressCall a) {
+template <typename F>
+__global__ void compress_mean_kernel(F *out, const F *x, CompressCall a) {
     const int64_t item = global_thread(), D = a.s.D;
     if (item >= a.sets * a.rows * D) return;
     const int64_t c = item % D, r = item / D;
     const Place place = compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows);
     float sum = 0;
-    for (int64_t j = 0; j < a.s.block; j++) sum += x[place.x + j * a.s.x_row + c] / (float)a.s.block;
-    out[place.out * D + c] = sum;
+    for (int64_t j = 0; j < a.s.block; j++) sum += (float)x[place.x + j * a.s.x_row + c] / (float)a.s.block;
+    out[place.out * D + c] = (F)sum;
 }
 
 // x (sets, rows, width) += bias (sets, width)
-__global__ void add_bias_kernel(float *x, const float *bias, int64_t sets, int64_t rows, int64_t width) {
+template <typename F>
+__global__ void add_bias_kernel(F *x, const float *bias, int64_t sets, int64_t rows, int64_t width) {
     const int64_t i = global_thread();
-    if (i < sets * rows * width) x[i] += bias[i / (rows * width) * width + i % width];
+    if (i < sets * rows * width) x[i] = (F)((float)x[i] + bias[i / (rows * width) * width + i % width]);
 }
 
-__global__ void gelu_kernel(float *out, const float *x, int64_t n) {
+template <typename F>
+__global__ void gelu_kernel(F *out, const F *x, int64_t n) {
     const int64_t i = global_thread();
-    if (i < n) out[i] = gelu(x[i]);
+    if (i < n) out[i] = (F)gelu((float)x[i]);
 }
 
-__global__ void gelu_backward_kernel(float *dx, const float *x, int64_t n) {
+template <typename F>
+__global__ void gelu_backward_kernel(F *dx, const F *x, int64_t n) {
     const int64_t i = global_thread();
-    if (i < n) dx[i] *= gelu_slope(x[i]);
+    if (i < n) dx[i] = (F)((float)dx[i] * gelu_slope((float)x[i]));
 }
 
 // Rows (sets, rows, D) to their places in out (B,Nc,KV,D), or back from there.
-__global__ void compress_place_kernel(float *out, float *rows, CompressCall a, int back) {
+template <typename F>
+__global__ void compress_place_kernel(F *out, F *rows, CompressCall a, int back) {
     const int64_t item = global_thread(), D = a.s.D;
     if (item >= a.sets * a.rows * D) return;
     const int64_t r = item / D, to = compress_place(&a.s, a.nc, a.sets, r / a.rows, r % a.rows).out * D + item % D;
@@ -637,17 +1214,18 @@ __global__ void compress_place_kernel(float *out, float *rows, CompressCall a, i
     else out[to] = rows[item];
 }
 
-// dx +=: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D).
-__global__ void compress_gather_kernel(float *dx, const float *dflat, const float *dout, CompressCall a) {
+// dx: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D).
+template <typename F>
+__global__ void compress_gather_kernel(F *dx, const F *dflat, const F *dout, CompressCall a) {
     const int64_t item = global_thread(), D = a.s.D, KV = a.s.KV, T = a.s.T, l = a.s.block, d = a.s.stride;
     if (item >= a.s.B * T * KV * D) return;
     const int64_t c = item % D, kv = item / D % KV, t = item / D / KV % T, b = item / D / KV / T;
     float sum = 0;
     for (int64_t i = t < l ? 0 : (t - l) / d + 1; i < a.nc && i * d <= t; i++) {
         const int64_t heads = KV / a.sets, set = kv / heads, r = (b * a.nc + i) * heads + kv % heads;
-        sum += dflat ? dflat[((set * a.rows + r) * l + t - i * d) * D + c] : dout[((b * a.nc + i) * KV + kv) * D + c] / (float)l;
+        sum += dflat ? (float)dflat[((set * a.rows + r) * l + t - i * d) * D + c] : (float)dout[((b * a.nc + i) * KV + kv) * D + c] / (float)l;
     }
-    dx[(b * T + t) * a.s.x_row + kv * D + c] += sum;
+    dx[(b * T + t) * a.s.x_row + kv * D + c] = (F)sum;
 }
 
 // Numbers of working memory: flat, two hidden layers, the result.
@@ -656,7 +1234,11 @@ static int64_t gpu_compress_scratch(const CompressShape *s) {
     return compress_has_weights(s->kind) ? a.sets * a.rows * (s->block * s->D + 2 * compress_hidden(s->kind, s->D) + s->D) : 0;
 }
 
-static void gpu_compress_forward(float *out, float *hidden, const float *x, const CompressWeights *w, const CompressShape *s, float *scratch) {
+// w: the small vectors (pos and biases), f32; m: the matrices that products read.
+template <typename F> struct CompressMatrices { const F *fc1, *fc2, *conv; };
+
+template <typename F>
+static void gpu_compress_forward(F *out, F *hidden, const F *x, const CompressWeights *w, const CompressMatrices<F> *m, const CompressShape *s, F *scratch) {
     const CompressCall a = compress_call(s);
     const int64_t D = s->D, LD = s->block * D, W = compress_hidden(s->kind, s->D), sets = a.sets, rows = a.rows, all = sets * rows;
     if (all == 0) return;
@@ -665,53 +1247,55 @@ static void gpu_compress_forward(float *out, float *hidden, const float *x, cons
         LAUNCHED();
         return;
     }
-    float *flat = scratch, *h = flat + all * LD, *y = h + 2 * all * W;
+    F *flat = scratch, *h = flat + all * LD, *y = h + 2 * all * W;
     compress_flatten_kernel<<<grid(all * LD, THREADS), THREADS>>>(flat, x, w->pos, a);
     LAUNCHED();
     if (s->kind == COMPRESS_CONV1D) {
-        gemm(rows, D, LD, flat, LD, 0, w->conv, LD, 1, y, D, 0, sets, rows * LD, D * LD, rows * D);
+        gemm(rows, D, LD, flat, LD, 0, m->conv, LD, 1, y, D, 0, sets, rows * LD, D * LD, rows * D);
     } else {
-        gemm(rows, W, LD, flat, LD, 0, w->fc1, LD, 1, hidden, W, 0, sets, rows * LD, W * LD, rows * W);
+        gemm(rows, W, LD, flat, LD, 0, m->fc1, LD, 1, hidden, W, 0, sets, rows * LD, W * LD, rows * W);
         add_bias_kernel<<<grid(all * W, THREADS), THREADS>>>(hidden, w->fc1_bias, sets, rows, W);
         gelu_kernel<<<grid(all * W, THREADS), THREADS>>>(h, hidden, all * W);
         LAUNCHED();
-        gemm(rows, D, W, h, W, 0, w->fc2, W, 1, y, D, 0, sets, rows * W, D * W, rows * D);
+        gemm(rows, D, W, h, W, 0, m->fc2, W, 1, y, D, 0, sets, rows * W, D * W, rows * D);
     }
     add_bias_kernel<<<grid(all * D, THREADS), THREADS>>>(y, s->kind == COMPRESS_CONV1D ? w->conv_bias : w->fc2_bias, sets, rows, D);
     compress_place_kernel<<<grid(all * D, THREADS), THREADS>>>(out, y, a, 0);
     LAUNCHED();
 }
 
-static void gpu_compress_backward(float *dx, const CompressWeights *dw, float *dout, const float *hidden, const float *x, const CompressWeights *w,
-                                  const CompressShape *s, float *scratch, float *parts) {
+// dx: every token's, whether a block covers it or not; dw +=.
+template <typename F>
+static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, const F *hidden, const F *x, const CompressWeights *w, const CompressMatrices<F> *m,
+                                  const CompressShape *s, F *scratch, float *parts) {
     const CompressCall a = compress_call(s);
     const int64_t D = s->D, LD = s->block * D, W = compress_hidden(s->kind, s->D), sets = a.sets, rows = a.rows, all = sets * rows;
-    if (all == 0) return;
-    float *flat = scratch, *h = flat + all * LD, *dh = h + all * W, *dy = dh + all * W;
-    if (compress_has_weights(s->kind)) {
+    const int weights = compress_has_weights(s->kind) && all > 0;
+    F *flat = scratch, *h = flat + all * LD, *dh = h + all * W, *dy = dh + all * W;
+    if (weights) {
         compress_place_kernel<<<grid(all * D, THREADS), THREADS>>>(dout, dy, a, 1);
         compress_flatten_kernel<<<grid(all * LD, THREADS), THREADS>>>(flat, x, w->pos, a);
         LAUNCHED();
         float *bias = s->kind == COMPRESS_CONV1D ? dw->conv_bias : dw->fc2_bias;
-        for (int64_t set = 0; set < sets; set++) column_sums(bias + set * D, rows, D, Plain{dy + set * rows * D, D}, parts);
+        for (int64_t set = 0; set < sets; set++) column_sums(bias + set * D, rows, D, Plain<F>{dy + set * rows * D, D}, parts);
     }
     // The gradient of `flat` takes its place once dweight has read it.
-    if (s->kind == COMPRESS_CONV1D) {
+    if (weights && s->kind == COMPRESS_CONV1D) {
         gemm(D, LD, rows, dy, D, 1, flat, LD, 0, dw->conv, LD, 1, sets, rows * D, rows * LD, D * LD);
-        gemm(rows, LD, D, dy, D, 0, w->conv, LD, 0, flat, LD, 0, sets, rows * D, D * LD, rows * LD);
-    } else if (compress_has_weights(s->kind)) {
+        gemm(rows, LD, D, dy, D, 0, m->conv, LD, 0, flat, LD, 0, sets, rows * D, D * LD, rows * LD);
+    } else if (weights) {
         gelu_kernel<<<grid(all * W, THREADS), THREADS>>>(h, hidden, all * W);
         LAUNCHED();
         gemm(D, W, rows, dy, D, 1, h, W, 0, dw->fc2, W, 1, sets, rows * D, rows * W, D * W);
-        gemm(rows, W, D, dy, D, 0, w->fc2, W, 0, dh, W, 0, sets, rows * D, D * W, rows * W);
+        gemm(rows, W, D, dy, D, 0, m->fc2, W, 0, dh, W, 0, sets, rows * D, D * W, rows * W);
         gelu_backward_kernel<<<grid(all * W, THREADS), THREADS>>>(dh, hidden, all * W);
         LAUNCHED();
-        for (int64_t set = 0; set < sets; set++) column_sums(dw->fc1_bias + set * W, rows, W, Plain{dh + set * rows * W, W}, parts);
+        for (int64_t set = 0; set < sets; set++) column_sums(dw->fc1_bias + set * W, rows, W, Plain<F>{dh + set * rows * W, W}, parts);
         gemm(W, LD, rows, dh, W, 1, flat, LD, 0, dw->fc1, LD, 1, sets, rows * W, rows * LD, W * LD);
-        gemm(rows, LD, W, dh, W, 0, w->fc1, LD, 0, flat, LD, 0, sets, rows * W, W * LD, rows * LD);
-        column_sums(dw->pos, all, LD, Plain{flat, LD}, parts);
+        gemm(rows, LD, W, dh, W, 0, m->fc1, LD, 0, flat, LD, 0, sets, rows * W, W * LD, rows * LD);
+        column_sums(dw->pos, all, LD, Plain<F>{flat, LD}, parts);
     }
-    compress_gather_kernel<<<grid(s->B * s->T * s->KV * D, THREADS), THREADS>>>(dx, compress_has_weights(s->kind) ? flat : NULL, dout, a);
+    compress_gather_kernel<<<grid(s->B * s->T * s->KV * D, THREADS), THREADS>>>(dx, compress_has_weights(s->kind) ? (const F *)flat : nullptr, (const F *)dout, a);
     LAUNCHED();
 }
 
@@ -728,20 +1312,21 @@ static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *se
 }
 
 // weights (chunk, Nc) = exp(q·K~/sqrt(D) - lse) summed over the heads of a group (eq. 10): a block of threads a row.
-__global__ void select_weights_kernel(float *weights, const float *q, const float *k, const float *lse, int64_t row0, AttentionShape s, SelectShape sel) {
+template <typename F>
+__global__ void select_weights_kernel(float *weights, const F *q, const F *k, const float *lse, int64_t row0, AttentionShape s, SelectShape sel) {
     extern __shared__ float shared[];
     const int64_t row = row0 + blockIdx.x, G = s.H / s.KV, kv = row % s.KV, bt = row / s.KV, t = bt % s.T, b = bt / s.T;
     if (t / sel.sel_block + 1 <= sel.n) return;     // no choice to make
     const float scale = 1 / (float)sqrt((double)s.D);
-    for (int64_t c = threadIdx.x; c < G * s.D; c += blockDim.x) shared[c] = q[bt * s.q_row + kv * G * s.D + c] * scale;
+    for (int64_t c = threadIdx.x; c < G * s.D; c += blockDim.x) shared[c] = (float)q[bt * s.q_row + kv * G * s.D + c] * scale;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < compressed_seen(t, sel.cmp_block, sel.cmp_stride); i += blockDim.x) {
-        const float *key = k + (b * s.Tk + i) * s.k_row + kv * s.D;
+        const F *key = k + (b * s.Tk + i) * s.k_row + kv * s.D;
         float sum = 0;
         for (int64_t g0 = 0; g0 < G; g0 += SELECT_HEADS) {
             float x[SELECT_HEADS] = {0};
             for (int c = 0; c < s.D; c++)
-                for (int g = 0; g < SELECT_HEADS; g++) x[g] += g0 + g < G ? shared[(g0 + g) * s.D + c] * key[c] : 0;
+                for (int g = 0; g < SELECT_HEADS; g++) x[g] += g0 + g < G ? shared[(g0 + g) * s.D + c] * (float)key[c] : 0;
             for (int g = 0; g < SELECT_HEADS && g0 + g < G; g++) sum += expf(x[g] - lse[bt * s.H + kv * G + g0 + g]);
         }
         weights[blockIdx.x * s.Tk + i] = sum;
@@ -793,14 +1378,21 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
     for (int j = lane(); j < sel.n_local; j += WARP) idx[sel.n - sel.n_local + j] = (int)(last + j);
 }
 
-static void gpu_select_forward(int *block_idx, const float *q, const float *k, const float *lse, const AttentionShape *s, const SelectShape *sel, float *scratch) {
-    const int64_t rows = s->B * s->T * s->KV, chunk = select_chunk(s, sel), bytes = s->H / s->KV * s->D * (int64_t)sizeof(float);
+template <typename F>
+static void simple_select_weights(float *weights, const F *q, const F *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const int64_t bytes = s->H / s->KV * s->D * (int64_t)sizeof(float);
+    allow_shared(select_weights_kernel<F>, bytes, "selection", "more --kv-heads");
+    select_weights_kernel<F><<<(unsigned)rows, (unsigned)min64(128, round_up(max64(s->Tk, 1), WARP)), (size_t)bytes>>>(weights, q, k, lse, row0, *s, *sel);
+    LAUNCHED();
+}
+
+template <typename F>
+static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, float *scratch) {
+    const int64_t rows = s->B * s->T * s->KV, chunk = select_chunk(s, sel);
     float *weights = scratch, *importance = weights + chunk * s->Tk;
-    if (bytes > (int64_t)gpu.sharedMemPerBlockOptin) die(2, "selection needs %" PRId64 " bytes of a GPU block's memory and this GPU has %zu: use more --kv-heads", bytes, gpu.sharedMemPerBlockOptin);
-    CUDA(cudaFuncSetAttribute((const void *)select_weights_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        select_weights_kernel<<<(unsigned)n, (unsigned)min64(128, round_up(max64(s->Tk, 1), WARP)), (size_t)bytes>>>(weights, q, k, lse, row, *s, *sel);
+        simple_select_weights(weights, q, k, lse, row, n, s, sel);
         select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
@@ -809,91 +1401,118 @@ static void gpu_select_forward(int *block_idx, const float *q, const float *k, c
 // ----------------------------------------------------------------------------
 // Gates and the sum of the branches
 
-__global__ void gates_forward_kernel(float *gates, const float *logits, int64_t logits_row, const float *q, int64_t q_row, const float *weight,
+template <typename F>
+__global__ void gates_forward_kernel(float *gates, const F *logits, int64_t logits_row, const F *q, int64_t q_row, const float *weight,
                                      const float *bias, int64_t n, int h, int d, int kind) {
     const int64_t item = global_thread(), j = item % (BRANCHES * h), i = item / (BRANCHES * h);
     if (i >= n) return;
     float x = bias[j];
-    if (kind == GATE_INPUT) x += logits[i * logits_row + j];
+    if (kind == GATE_INPUT) x += (float)logits[i * logits_row + j];
     if (kind == GATE_Q_COND)
-        for (int c = 0; c < d; c++) x += weight[j * d + c] * q[i * q_row + j / BRANCHES * d + c];
+        for (int c = 0; c < d; c++) x += weight[j * d + c] * (float)q[i * q_row + j / BRANCHES * d + c];
     gates[item] = sigmoid(x);
 }
 
-typedef struct Branches { const float *of[BRANCHES]; } Branches;
+template <typename F> struct Branches { const F *of[BRANCHES]; };
 
-__global__ void branches_sum_kernel(float *out, Branches branch, const float *gates, int64_t nh, int dv) {
+template <typename F>
+__global__ void branches_sum_kernel(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
     const int64_t item = global_thread();
     if (item >= nh * dv) return;
     const float *g = gates + item / dv * BRANCHES;
-    out[item] = g[CMP] * branch.of[CMP][item] + g[SLC] * branch.of[SLC][item] + g[WIN] * branch.of[WIN][item];
+    out[item] = (F)(g[CMP] * (float)branch.of[CMP][item] + g[SLC] * (float)branch.of[SLC][item] + g[WIN] * (float)branch.of[WIN][item]);
 }
 
 // dlogits (N,H,3) = <dout, branch>·g·(1-g), a warp a (token, head); for gate = input it goes to its place in the wide row too.
-__global__ void gates_backward_kernel(float *dlogits, float *dwide, int64_t wide_row, const float *dout, Branches branch, const float *gates, int64_t nh,
+template <typename F>
+__global__ void gates_backward_kernel(float *dlogits, F *dwide, int64_t wide_row, const F *dout, Branches<F> branch, const float *gates, int64_t nh,
                                       int h, int dv, int kind) {
     const int64_t i = global_warp();
     if (i >= nh) return;
     for (int b = 0; b < BRANCHES; b++) {
         float sum = 0;
-        for (int c = lane(); c < dv; c += WARP) sum += dout[i * dv + c] * branch.of[b][i * dv + c];
+        for (int c = lane(); c < dv; c += WARP) sum += (float)dout[i * dv + c] * (float)branch.of[b][i * dv + c];
         const float g = gates[i * BRANCHES + b], dx = warp_sum(sum) * g * (1 - g);
         if (lane() > 0) continue;
         dlogits[i * BRANCHES + b] = dx;
-        if (kind == GATE_INPUT) dwide[i / h * wide_row + i % h * BRANCHES + b] = dx;
+        if (kind == GATE_INPUT) dwide[i / h * wide_row + i % h * BRANCHES + b] = (F)dx;
     }
 }
 
-__global__ void gates_dq_kernel(float *dq, int64_t q_row, const float *dlogits, const float *weight, int64_t n, int h, int d) {
+template <typename F>
+__global__ void gates_dq_kernel(F *dq, int64_t q_row, const float *dlogits, const float *weight, int64_t n, int h, int d) {
     const int64_t item = global_thread(), c = item % d, head = item / d % h, i = item / d / h;
     if (i >= n) return;
     float sum = 0;
     for (int b = 0; b < BRANCHES; b++) sum += dlogits[(i * h + head) * BRANCHES + b] * weight[(head * BRANCHES + b) * d + c];
-    dq[i * q_row + head * d + c] += sum;
+    dq[i * q_row + head * d + c] = (F)((float)dq[i * q_row + head * d + c] + sum);
 }
 
+template <typename F>
 struct GateWeightGradient {
-    const float *dlogits, *q;
+    const float *dlogits;
+    const F *q;
     int64_t q_row, h, d;
     __device__ float operator()(int64_t row, int64_t col) const {
         const int64_t j = col / d;
-        return dlogits[row * BRANCHES * h + j] * q[row * q_row + j / BRANCHES * d + col % d];
+        return dlogits[row * BRANCHES * h + j] * (float)q[row * q_row + j / BRANCHES * d + col % d];
     }
 };
 
 // ----------------------------------------------------------------------------
 // SwiGLU
 
-__global__ void swiglu_forward_kernel(float *h, const float *gate_up, int64_t n, int64_t f) {
-    const int64_t item = global_thread();
+// gate_up (n,2f) = a | u: h (n,f) = silu(a)·u
+template <typename F, int N>
+__global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int64_t f) {
+    const int64_t item = global_thread() * N;
     if (item >= n * f) return;
-    const float a = gate_up[item / f * 2 * f + item % f], u = gate_up[item / f * 2 * f + f + item % f];
-    h[item] = a * sigmoid(a) * u;
+    const F *at = gate_up + item / f * 2 * f + item % f;
+    const Pack<F, N> a = load<N>(at), u = load<N>(at + f);
+    Pack<F, N> y;
+    for (int v = 0; v < N; v++) y.of[v] = (F)((float)a.of[v] * sigmoid((float)a.of[v]) * (float)u.of[v]);
+    store<N>(h + item, y);
 }
 
-__global__ void swiglu_backward_kernel(float *dgate_up, const float *dh, const float *gate_up, int64_t n, int64_t f) {
-    const int64_t item = global_thread();
+// gate_up becomes its gradient in place; h (n,f) is made again for the gradient of the matrix behind it. dh may be h.
+template <typename F, int N>
+__global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {
+    const int64_t item = global_thread() * N;
     if (item >= n * f) return;
-    const int64_t at = item / f * 2 * f + item % f;
-    const float x = gate_up[at], y = gate_up[at + f], s = sigmoid(x), g = dh[item];
-    dgate_up[at] = g * y * s * (1 + x * (1 - s));
-    dgate_up[at + f] = g * x * s;
+    F *at = gate_up + item / f * 2 * f + item % f;
+    const Pack<F, N> a = load<N>(at), u = load<N>(at + f), g = load<N>(dh + item);
+    Pack<F, N> da, du, y;
+    for (int v = 0; v < N; v++) {
+        const float x = (float)a.of[v], up = (float)u.of[v], s = sigmoid(x), d = (float)g.of[v];
+        y.of[v] = (F)(x * s * up);
+        da.of[v] = (F)(d * up * s * (1 + x * (1 - s)));
+        du.of[v] = (F)(d * x * s);
+    }
+    store<N>(at, da);
+    store<N>(at + f, du);
+    store<N>(h + item, y);
 }
 
-static void gpu_swiglu_forward(float *h, const float *gate_up, int64_t n, int64_t f) {
-    swiglu_forward_kernel<<<grid(n * f, THREADS), THREADS>>>(h, gate_up, n, f);
+template <typename F>
+static void gpu_swiglu_forward(F *h, const F *gate_up, int64_t n, int64_t f) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(f)) swiglu_forward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(h, gate_up, n, f);
+    else swiglu_forward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(h, gate_up, n, f);
     LAUNCHED();
 }
 
-static void gpu_swiglu_backward(float *dgate_up, const float *dh, const float *gate_up, int64_t n, int64_t f) {
-    swiglu_backward_kernel<<<grid(n * f, THREADS), THREADS>>>(dgate_up, dh, gate_up, n, f);
+template <typename F>
+static void gpu_swiglu_backward(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(f)) swiglu_backward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(gate_up, h, dh, n, f);
+    else swiglu_backward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(gate_up, h, dh, n, f);
     LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
 // Mixture of experts
 
-__global__ void moe_route_kernel(Routing r, MoeShape s) {
+__global__ void moe_route_kernel(Routing r, MoeShape s, const int *given) {
     const int64_t i = global_thread();
     if (i >= s.N) return;
     float *p = r.probs + i * s.E, top = p[0], sum = 0, chosen = 0;
@@ -909,8 +1528,8 @@ __global__ void moe_route_kernel(Routing r, MoeShape s) {
             for (int x = 0; x < j; x++) taken |= c[x] == e;
             if (!taken && (best < 0 || p[e] > p[best])) best = e;
         }
-        c[j] = best;
-        chosen += p[best];
+        c[j] = given ? given[i * s.k + j] : best;
+        chosen += p[c[j]];
     }
     for (int j = 0; j < s.k; j++) r.weight[i * s.k + j] = s.k == 1 ? p[c[j]] : p[c[j]] / chosen;
 }
@@ -938,14 +1557,13 @@ static void moe_lists(int *rows, int64_t *start, int64_t *load, const int *choic
     LAUNCHED();
 }
 
-// spare: N·k ints twice, then E numbers of 64 bits, in numbers: see gpu_moe_scratch
-static void gpu_moe_route(const Routing *r, const MoeShape *s, float *spare) {
-    moe_route_kernel<<<grid(s->N, THREADS), THREADS>>>(*r, *s);
+// given: the experts (N,k) to take instead of the most probable ones, or NULL. count (E), kept and rows (N·k): working memory
+// that a capacity needs
+static void gpu_moe_route(const Routing *r, const MoeShape *s, const int *given, int64_t *count, int *kept, int *rows) {
+    moe_route_kernel<<<grid(s->N, THREADS), THREADS>>>(*r, *s, given);
     LAUNCHED();
     moe_lists(r->row_token, r->start, r->load, r->choice, s);
     if (s->capacity <= 0) return;
-    int64_t *count = (int64_t *)spare;
-    int *kept = (int *)(count + s->E), *rows = kept + s->N * s->k;
     device_copy(rows, r->row_token, s->N * s->k * (int64_t)sizeof(int));
     const int64_t limit = (int64_t)ceil(s->capacity * (double)s->N * s->k / s->E);
     moe_drop_kernel<<<grid(s->N * s->k, THREADS), THREADS>>>(kept, *r, rows, r->start, *s, limit);
@@ -953,37 +1571,10 @@ static void gpu_moe_route(const Routing *r, const MoeShape *s, float *spare) {
     moe_lists(r->row_token, r->start, count, kept, s);
 }
 
-static int64_t gpu_moe_scratch(const MoeShape *s) { return moe_scratch(s) + 2 * s->N * s->k + 2 * s->E + 16; }
-
-__global__ void gather_rows_kernel(float *out, const float *x, const int *rows, int64_t n, int64_t c, int k) {
-    const int64_t item = global_thread();
-    if (item < n * c) out[item] = x[rows[item / c] / k * c + item % c];
-}
-
-// out[token] += weight · y, or with weight NULL += y; a token is at most once among the rows.
-__global__ void scatter_rows_kernel(float *out, const float *y, const float *weight, const int *rows, int64_t n, int64_t c, int k) {
-    const int64_t item = global_thread();
-    if (item >= n * c) return;
-    const int row = rows[item / c];
-    out[row / k * c + item % c] += (weight ? weight[row] : 1) * y[item];
-}
-
-// dweight[row] = <dh, h>; then dy and dh carry the share's weight.
-__global__ void moe_dweight_kernel(float *dweight, float *dy, float *dh, const float *h, const float *weight, const int *rows, int64_t n, int64_t c, int64_t f) {
-    const int64_t i = global_warp();
-    if (i >= n) return;
-    const int row = rows[i];
-    float sum = 0;
-    for (int64_t j = lane(); j < f; j += WARP) sum += dh[i * f + j] * h[i * f + j];
-    sum = warp_sum(sum);
-    if (lane() == 0) dweight[row] = sum;
-    for (int64_t j = lane(); j < c; j += WARP) dy[i * c + j] *= weight[row];
-    for (int64_t j = lane(); j < f; j += WARP) dh[i * f + j] *= weight[row];
-}
-
-// From the gradient of the shares' weights to that of the router's logits: through the renormalisation, the two terms' own
-// gradients, and the softmax.
-__global__ void router_backward_kernel(float *dprobs, const float *dweight, Routing r, MoeShape s, double z_coef, double balance_coef, double scale) {
+// From the gradient of the shares' weights to that of the router's logits, dlogits (N,E): through the renormalisation, the two
+// terms' own gradients, and the softmax. dprobs (N,E): working memory.
+template <typename F>
+__global__ void router_backward_kernel(F *dlogits, float *dprobs, const float *dweight, Routing r, MoeShape s, double z_coef, double balance_coef, double scale) {
     const int64_t i = global_thread();
     if (i >= s.N) return;
     const float *p = r.probs + i * s.E;
@@ -998,56 +1589,160 @@ __global__ void router_backward_kernel(float *dprobs, const float *dweight, Rout
         total += p[e] * d[e];
     }
     const float dz = (float)(scale * z_coef * 2 / (double)s.N) * r.lse[i];
-    for (int e = 0; e < s.E; e++) d[e] = p[e] * (d[e] - total + dz);
+    for (int e = 0; e < s.E; e++) dlogits[i * s.E + e] = (F)(p[e] * (d[e] - total + dz));
 }
 
-static void gpu_moe_forward(float *out, float *gate_up, const float *x, const float *experts, const Routing *r, const MoeShape *s, float *scratch) {
-    const int64_t C = s->C, F = s->F;
-    float *rows = scratch, *y = rows + s->N * C, *h = y + s->N * C;
-    int64_t *start = (int64_t *)xmalloc((size_t)(s->E + 1) * sizeof(int64_t));
-    to_host(start, r->start, (s->E + 1) * (int64_t)sizeof(int64_t));
-    for (int e = 0; e < s->E; e++) {
-        const int64_t from = start[e], n = start[e + 1] - from;
-        if (n == 0) continue;
-        gather_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(rows, x, r->row_token + from, n, C, s->k);
-        LAUNCHED();
-        gpu_linear_forward(gate_up + from * 2 * F, 2 * F, rows, C, expert_gate_up(experts, s, e), n, C, 2 * F);
-        gpu_swiglu_forward(h, gate_up + from * 2 * F, n, F);
-        gpu_linear_forward(y, C, h, F, expert_down(experts, s, e), n, F, C);
-        scatter_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(out, y, r->weight, r->row_token + from, n, C, s->k);
-        LAUNCHED();
-    }
-    free(start);
+// row_of (N·k): each share's row (before: -1, and so it stays where a share was dropped); token (N·k): each row's token.
+__global__ void share_rows_kernel(int *row_of, int *token, const int *list, const int64_t *rows, int k) {
+    const int64_t i = global_thread();
+    if (i >= *rows) return;
+    row_of[list[i]] = (int)i;
+    token[i] = list[i] / k;
 }
 
-// dx (N,C) +=, dexperts +=; leaves dweight (N·k) for router_backward_kernel, and returns where it lies in `scratch`.
-static float *gpu_moe_backward(float *dx, float *dexperts, const float *dout, const float *gate_up, const float *x, const float *experts,
-                               const Routing *r, const MoeShape *s, float *scratch) {
-    const int64_t C = s->C, F = s->F, N = s->N;
-    float *rows = scratch, *dy = rows + N * C, *h = dy + N * C, *dh = h + N * F, *dgate_up = dh + N * F, *dweight = dgate_up + N * 2 * F;
-    int64_t *start = (int64_t *)xmalloc((size_t)(s->E + 1) * sizeof(int64_t));
-    to_host(start, r->start, (s->E + 1) * (int64_t)sizeof(int64_t));
-    device_zero(dweight, N * s->k * (int64_t)sizeof(float));        // a dropped share has no gradient
-    for (int e = 0; e < s->E; e++) {
-        const int64_t from = start[e], n = start[e + 1] - from;
-        const int *list = r->row_token + from;
-        float *dw_gate_up = dexperts + (expert_gate_up(experts, s, e) - experts), *dw_down = dexperts + (expert_down(experts, s, e) - experts);
-        if (n == 0) continue;
-        gather_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(rows, x, list, n, C, s->k);
-        gather_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(dy, dout, list, n, C, s->k);
-        LAUNCHED();
-        gpu_swiglu_forward(h, gate_up + from * 2 * F, n, F);
-        gemm(n, F, C, dy, C, 0, expert_down(experts, s, e), F, 0, dh, F, 0);
-        moe_dweight_kernel<<<grid(n, WARPS), THREADS>>>(dweight, dy, dh, h, r->weight, list, n, C, F);
-        LAUNCHED();
-        gpu_linear_backward(NULL, 0, dw_down, dy, C, h, F, NULL, n, F, C, 0);
-        gpu_swiglu_backward(dgate_up, dh, gate_up + from * 2 * F, n, F);
-        gpu_linear_backward(dy, C, dw_gate_up, dgate_up, 2 * F, rows, C, expert_gate_up(experts, s, e), n, C, 2 * F, 0);
-        scatter_rows_kernel<<<grid(n * C, THREADS), THREADS>>>(dx, dy, nullptr, list, n, C, s->k);
-        LAUNCHED();
+// h (R,F) = SwiGLU(gate_up)
+template <typename F, int V>
+__global__ void grouped_swiglu_kernel(F *h, const F *gate_up, const int64_t *rows, int64_t f) {
+    const int64_t item = global_thread() * V, i = item / f, j = item % f;
+    if (i >= *rows) return;
+    const Pack<F, V> a = load<V>(gate_up + i * 2 * f + j), u = load<V>(gate_up + i * 2 * f + f + j);
+    Pack<F, V> out;
+    for (int v = 0; v < V; v++) out.of[v] = (F)((float)a.of[v] * sigmoid((float)a.of[v]) * (float)u.of[v]);
+    store<V>(h + item, out);
+}
+
+// A warp a row. dh (R,F) is of the expert's output without its weight w: dweight[share] = <dh, h>. Then the gradient through SwiGLU of
+// w·dh, in place of gate_up; and dh becomes w·h, which makes dW_down from the unweighted gradient of the output.
+template <typename F, int V>
+__global__ void grouped_swiglu_backward_kernel(float *dweight, F *dh, F *gate_up, const float *weight, const int *list, const int64_t *rows, int64_t f) {
+    const int64_t i = global_warp();
+    if (i >= *rows) return;
+    const float w = weight[list[i]];
+    float sum = 0;
+    for (int64_t j = lane() * V; j < f; j += WARP * V) {
+        const Pack<F, V> a = load<V>(gate_up + i * 2 * f + j), u = load<V>(gate_up + i * 2 * f + f + j);
+        Pack<F, V> g = load<V>(dh + i * f + j), da, du;
+        for (int v = 0; v < V; v++) {
+            const float x = (float)a.of[v], y = (float)u.of[v], s = sigmoid(x), h = x * s * y, dy = w * (float)g.of[v];
+            sum += (float)g.of[v] * h;
+            g.of[v] = (F)(w * h);
+            da.of[v] = (F)(dy * y * s * (1 + x * (1 - s)));
+            du.of[v] = (F)(dy * x * s);
+        }
+        store<V>(dh + i * f + j, g);
+        store<V>(gate_up + i * 2 * f + j, da);
+        store<V>(gate_up + i * 2 * f + f + j, du);
     }
-    free(start);
-    return dweight;
+    sum = warp_sum(sum);
+    if (lane() == 0) dweight[list[i]] = sum;
+}
+
+// out (N,C) += Σ_slots weight·y[row of the share], in the order of the slots; without weights, Σ_slots y.
+template <typename F, int V>
+__global__ void combine_shares_kernel(F *out, const F *y, const float *weight, const int *row_of, int64_t n, int64_t c, int k) {
+    const int64_t item = global_thread() * V, i = item / c, j = item % c;
+    if (i >= n) return;
+    Pack<F, V> all = load<V>(out + item);
+    float sum[V];
+    for (int v = 0; v < V; v++) sum[v] = (float)all.of[v];
+    for (int64_t share = i * k; share < (i + 1) * k; share++) {
+        if (row_of[share] < 0) continue;
+        const float w = weight ? weight[share] : 1;
+        const Pack<F, V> part = load<V>(y + row_of[share] * c + j);
+        for (int v = 0; v < V; v++) sum[v] += w * (float)part.of[v];
+    }
+    for (int v = 0; v < V; v++) all.of[v] = (F)sum[v];
+    store<V>(out + item, all);
+}
+
+template <typename F>
+static void combine_shares(F *out, const F *y, const float *weight, const int *row_of, const MoeShape *s) {
+    constexpr int WIDE = pack_size<F>;
+    const int64_t N = s->N, C = s->C;
+    if (packs<F>(C)) combine_shares_kernel<F, WIDE><<<grid(N * C / WIDE, THREADS), THREADS>>>(out, y, weight, row_of, N, C, s->k);
+    else combine_shares_kernel<F, 1><<<grid(N * C, THREADS), THREADS>>>(out, y, weight, row_of, N, C, s->k);
+    LAUNCHED();
+}
+
+template <typename F>
+static void grouped_swiglu(F *h, const F *gate_up, const int64_t *rows, int64_t rows_max, int64_t f) {
+    constexpr int WIDE = pack_size<F>;
+    if (packs<F>(f)) grouped_swiglu_kernel<F, WIDE><<<grid(rows_max * f / WIDE, THREADS), THREADS>>>(h, gate_up, rows, f);
+    else grouped_swiglu_kernel<F, 1><<<grid(rows_max * f, THREADS), THREADS>>>(h, gate_up, rows, f);
+    LAUNCHED();
+}
+
+template <typename F>
+static void grouped_swiglu_backward(float *dweight, F *dh, F *gate_up, const Routing *r, const MoeShape *s) {
+    constexpr int WIDE = pack_size<F>;
+    const int64_t f = s->F, *rows = r->start + s->E;
+    const unsigned blocks = grid(s->N * s->k, WARPS);
+    if (packs<F>(f)) grouped_swiglu_backward_kernel<F, WIDE><<<blocks, THREADS>>>(dweight, dh, gate_up, r->weight, r->row_token, rows, f);
+    else grouped_swiglu_backward_kernel<F, 1><<<blocks, THREADS>>>(dweight, dh, gate_up, r->weight, r->row_token, rows, f);
+    LAUNCHED();
+}
+
+// What forward and backward need besides; R = N·k.
+template <typename F>
+struct MoeScratch {
+    int *row_of, *token;        // (R): see share_rows_kernel
+    F *h, *rows;                // (R,F), (R,C)
+};
+
+template <typename F>
+static void carve_moe_scratch(MoeScratch<F> *m, const MoeShape *s, Carver *memory) {
+    const int64_t R = s->N * s->k;
+    carve(memory, &m->row_of, R);
+    carve(memory, &m->token, R);
+    carve(memory, &m->h, R * s->F);
+    carve(memory, &m->rows, R * s->C);
+}
+
+static void find_share_rows(int *row_of, int *token, const Routing *r, const MoeShape *s) {
+    CUDA(cudaMemsetAsync(row_of, 0xff, (size_t)(s->N * s->k) * sizeof(int)));       // -1
+    share_rows_kernel<<<grid(s->N * s->k, THREADS), THREADS>>>(row_of, token, r->row_token, r->start + s->E, s->k);
+    LAUNCHED();
+}
+
+static Groups expert_groups(const Routing *r, const MoeShape *s) {
+    const Groups g = {r->start, s->E, s->N * s->k};
+    return g;
+}
+
+// gate_up (N·k,2F), rows sorted by expert, which is kept for backward.
+template <typename F>
+static void gpu_moe_gate_up(F *gate_up, const F *x, const F *experts, const Routing *r, const MoeShape *s, const MoeScratch<F> *m) {
+    const Groups g = expert_groups(r, s);
+    find_share_rows(m->row_of, m->token, r, s);
+    grouped_forward(gate_up, x, (const int *)m->token, experts, 3 * s->F * s->C, s->C, 2 * s->F, &g);
+}
+
+// out (N,C) += Σ_e w_e·expert_e(x), x (N,C)
+template <typename F>
+static void gpu_moe_forward(F *out, F *gate_up, const F *x, const F *experts, const Routing *r, const MoeShape *s, const MoeScratch<F> *m) {
+    const int64_t C = s->C, Fe = s->F;
+    const Groups g = expert_groups(r, s);
+    gpu_moe_gate_up(gate_up, x, experts, r, s, m);
+    grouped_swiglu(m->h, gate_up, r->start + s->E, g.rows, Fe);
+    grouped_forward(m->rows, (const F *)m->h, (const int *)NULL, experts + 2 * Fe * C, 3 * Fe * C, Fe, C, &g);
+    combine_shares(out, (const F *)m->rows, r->weight, m->row_of, s);
+}
+
+// dx (N,C) +=, dexperts +=, dweight (N·k) for router_backward_kernel; gate_up becomes its gradient.
+template <typename F>
+static void gpu_moe_backward(F *dx, float *dexperts, float *dweight, const F *dout, F *gate_up, const F *x, const F *experts,
+                             const Routing *r, const MoeShape *s, const MoeScratch<F> *m) {
+    const int64_t C = s->C, Fe = s->F, stride = 3 * Fe * C, to_down = 2 * Fe * C;
+    const Groups g = expert_groups(r, s);
+    const int *token = m->token, *none = NULL;
+    find_share_rows(m->row_of, m->token, r, s);
+    device_zero(dweight, s->N * s->k * (int64_t)sizeof(float));         // a dropped share has no gradient
+    grouped_dinp(m->h, dout, token, experts + to_down, stride, Fe, C, &g);
+    grouped_swiglu_backward(dweight, m->h, gate_up, r, s);
+    grouped_dweight(dexperts + to_down, stride, dout, token, (const F *)m->h, none, Fe, C, &g);
+    grouped_dweight(dexperts, stride, (const F *)gate_up, none, x, token, C, 2 * Fe, &g);
+    grouped_dinp(m->rows, (const F *)gate_up, none, experts, stride, C, 2 * Fe, &g);
+    combine_shares(dx, (const F *)m->rows, (const float *)NULL, m->row_of, s);
 }
 
 // moe_losses on the host, from the little that it needs: the logsumexps, the probabilities' sums and the loads.
@@ -1056,7 +1751,7 @@ static void gpu_moe_losses(double *z, double *balance, double *load_sum, const R
     float *lse = (float *)xmalloc((size_t)(s->N + s->E) * sizeof(float)), *p = lse + s->N;
     int64_t *load = (int64_t *)xmalloc((size_t)s->E * sizeof(int64_t));
     device_zero(sums, s->E * (int64_t)sizeof(float));
-    column_sums(sums, s->N, s->E, Plain{r->probs, s->E}, parts);
+    column_sums(sums, s->N, s->E, Plain<float>{r->probs, s->E}, parts);
     to_host(lse, r->lse, s->N * (int64_t)sizeof(float));
     to_host(p, sums, s->E * (int64_t)sizeof(float));
     to_host(load, r->load, s->E * (int64_t)sizeof(int64_t));
@@ -1086,43 +1781,164 @@ __device__ static float block_reduce(float x, int want_max) {
     return all;
 }
 
-__global__ void cross_entropy_kernel(float *logits, float *loss, const int *targets, int64_t v, float scale, int gradient) {
-    float *p = logits + blockIdx.x * v, top = -INFINITY, sum = 0;
+// logits (rows, ld), V of a row used and ld a multiple of 16 bytes: row i becomes `scale` times its gradient, or with gradient = 0 stays.
+template <typename F>
+__global__ void cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient) {
+    constexpr int N = pack_size<F>;
+    F *p = logits + blockIdx.x * ld;
     const int target = targets[blockIdx.x];
-    for (int64_t j = threadIdx.x; j < v; j += blockDim.x) top = fmaxf(top, p[j]);
-    top = block_reduce(top, 1);
-    for (int64_t j = threadIdx.x; j < v; j += blockDim.x) sum += expf(p[j] - top);
-    sum = block_reduce(sum, 0);
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - (p[target] - top);
+    float mine = -INFINITY, sum = 0;        // of this thread's share
+    for (int64_t j = threadIdx.x * N; j < v; j += blockDim.x * N) {
+        const Pack<F, N> x = load<N>(p + j);
+        float higher = mine;
+        for (int i = 0; i < N; i++) higher = j + i < v ? fmaxf(higher, (float)x.of[i]) : higher;
+        sum *= mine == higher ? 1 : expf(mine - higher);
+        for (int i = 0; i < N; i++) sum += j + i < v ? expf((float)x.of[i] - higher) : 0;
+        mine = higher;
+    }
+    const float top = block_reduce(mine, 1);
+    sum = block_reduce(mine == -INFINITY ? 0 : sum * expf(mine - top), 0);
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - ((float)p[target] - top);
     __syncthreads();
     if (!gradient) return;
-    for (int64_t j = threadIdx.x; j < v; j += blockDim.x) p[j] = (expf(p[j] - top) / sum - (j == target ? 1.0f : 0.0f)) * scale;
+    for (int64_t j = threadIdx.x * N; j < v; j += blockDim.x * N) {
+        Pack<F, N> x = load<N>(p + j);
+        for (int i = 0; i < N; i++) x.of[i] = (F)((expf((float)x.of[i] - top) / sum - (j + i == target ? 1.0f : 0.0f)) * scale);
+        store<N>(p + j, x);
+    }
 }
 
 // ----------------------------------------------------------------------------
-// 3. The model. Its twin in the GPU's memory is a Model too: the table of parameters and the layout of what the layers keep
-// are those of train_nsa.c, at other addresses. The working memory is this program's own.
+// 3. The model. Its twin in the GPU's memory (m->twin) is a Model too, for the table of parameters and the f32 numbers behind it:
+// weights, gradients, AdamW's state. What the precision decides is in a Net.
 
-typedef struct GpuScratch {
-    float *norm, *y, *attention, *ffn, *compress, *select, *logits, *experts, *parts, *sums, *loss;
-    float *dx, *dnorm, *dwide, *dattention, *dgates, *dgate_up, *dffn, *dcompressed[2], *delta, *dprobs;
+// What a layer keeps from forward for backward: LayerActs of train_nsa.c with its types.
+template <typename F>
+struct GpuActs {
+    F *x, *out;                                 // (B,T,C)
+    float *rstd1;                               // (B,T)
+    F *wide;                                    // (B,T,row), rows of whole 16 bytes
+    F *compressed[2], *hidden[2];               // (B,Nc,KV,D | Dv), (B,Nc,KV,2D | 2Dv)
+    F *branch[BRANCHES];                        // (B,T,H,Dv)
+    float *lse[BRANCHES], *gates;               // (B,T,H), (B,T,H,3)
+    int *block_idx;                             // (B,T,KV,n)
+    F *mid;                                     // (B,T,C)
+    float *rstd2;                               // (B,T)
+    F *gate_up, *expert_gate_up;                // (B,T,2F), (B·T·k,2Fe)
+    Routing routing;
+};
+
+// Buffers that every layer uses in turn.
+template <typename F>
+struct GpuScratch {
+    F *norm, *y, *attention, *ffn, *compress, *logits, *dx, *dnorm, *dwide, *dattention, *dcompressed[2], *drouter;
+    float *select, *parts, *sums, *loss, *dgates, *dq, *delta, *dprobs, *dweight;
+    int *kept, *shares;                         // (N·k) twice: experts with a capacity
+    int64_t *count;                             // (E)
+    MoeScratch<F> moe;
     Takers takers;
     int *tokens, *targets, *places, *occurring, *start;     // (N), (N), and the lists of embed_backward_kernel
     double *norm_sums;
-} GpuScratch;
+};
 
-static GpuScratch scratch;
-// The tests hand the CPU's choice of blocks over, (L) arrays of (B,T,KV,n) in the GPU's memory, so that a tie that falls the
-// other way does not look like an error.
-static int **given_block_idx;
+template <typename F>
+struct Net {
+    F *weights;                                 // the twin's own, or a bf16 copy of them
+    GpuActs<F> *acts;
+    GpuScratch<F> work;
+    char *memory;
+};
+template <typename F> static Net<F> net;        // one model at a time
 
-static int64_t carve_gpu_scratch(GpuScratch *s, const Config *c, int64_t B, int64_t T, int train, float *memory) {
+// The tests hand the CPU's choices over, of blocks (L) arrays of (B,T,KV,n) and of experts (L) arrays of (N,k) in the GPU's
+// memory, so that a tie that falls the other way does not look like an error.
+static int **given_block_idx, **given_experts;
+
+static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
+
+// Rows of the wide projection's result, long enough for loads of 16 bytes; columns past wide_row's size are not used.
+static WideRow gpu_wide_row(const Config *c, int layer) {
+    WideRow w = wide_row(c, layer);
+    w.size = round_up(w.size, 16);
+    return w;
+}
+
+static int64_t logit_row(const Config *c) { return round_up(c->vocab_size, 64); }
+// Rows of logits made at a time: enough to fill the GPU, never (B·T,V).
+static int64_t gpu_logit_rows(const Config *c, int64_t n) { return min64(n, max64(128, ((int64_t)1 << 28) / logit_row(c))); }
+
+static int has_nsa(const Config *c) {
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        if (!layer_is_full(c, l)) return 1;
+    return 0;
+}
+
+// Without training all layers share one set, as in carve_acts; with recomputation what is made again is shared.
+template <typename F>
+static void carve_gpu_acts(GpuActs<F> *acts, const Config *c, int64_t B, int64_t T, int recompute, int train, Carver *m) {
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
-    int64_t used = 0, wide = 0, width = 0, nsa = 0, compress = 0, select = 0;
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        wide = max64(wide, wide_row(c, l).size);
+    const int64_t L = c->num_hidden_layers, E = c->num_experts, k = c->num_experts_per_tok, nc = compressed_seen(T - 1, c->cmp_block, c->cmp_stride);
+    const int keep_attention = train && recompute < 2, keep_ffn = train && recompute < 1, nsa = has_nsa(c);
+    int64_t wide = 0, width = 0, moe = 0;
+    for (int l = 0; l < L; l++) {       // shared buffers fit the largest layer
+        wide = max64(wide, gpu_wide_row(c, l).size);
         width = max64(width, ffn_width(c, l));
-        nsa |= !layer_is_full(c, l);
+        moe |= layer_is_moe(c, l);
+    }
+    F *x, *other = NULL;
+    carve(m, &x, N * C);
+    if (!train) carve(m, &other, N * C);
+    for (int l = 0; l < L; l++) {
+        GpuActs<F> *a = &acts[l];
+        if (l > 0) *a = acts[0];
+        a->x = x;
+        if (train) carve(m, &a->out, N * C);
+        else a->out = l % 2 ? acts[0].x : other;
+        x = a->out;
+        carve(m, &a->rstd1, N);         // the layer before writes it
+        if (keep_attention || l == 0) {
+            const int is_nsa = keep_attention ? !layer_is_full(c, l) : nsa;
+            carve(m, &a->wide, N * (keep_attention ? gpu_wide_row(c, l).size : wide));
+            for (int b = 0; b < (is_nsa ? BRANCHES : 1); b++) {
+                carve(m, &a->branch[b], N * H * Dv);
+                carve(m, &a->lse[b], N * H);
+            }
+            if (is_nsa) {
+                carve(m, &a->gates, N * H * BRANCHES);
+                carve(m, &a->block_idx, N * KV * c->sel_blocks);
+                for (int v = 0; v < 2; v++) {
+                    carve(m, &a->compressed[v], B * nc * KV * (v ? Dv : D));
+                    carve(m, &a->hidden[v], B * nc * KV * compress_hidden(c->compress, v ? (int)Dv : (int)D));
+                }
+            }
+            carve(m, &a->mid, N * C);
+            carve(m, &a->rstd2, N);
+        }
+        if (keep_ffn || l == 0) {
+            carve(m, &a->gate_up, N * 2 * (keep_ffn ? ffn_width(c, l) : width));
+            if (keep_ffn ? layer_is_moe(c, l) : moe) {
+                carve(m, &a->expert_gate_up, N * k * 2 * c->moe_intermediate_size);
+                carve(m, &a->routing.probs, N * E);
+                carve(m, &a->routing.lse, N);
+                carve(m, &a->routing.weight, N * k);
+                carve(m, &a->routing.choice, N * k);
+                carve(m, &a->routing.row_token, N * k);
+                carve(m, &a->routing.start, E + 1);
+                carve(m, &a->routing.load, E);
+            }
+        }
+    }
+}
+
+template <typename F>
+static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int64_t T, int train, Carver *m) {
+    const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
+    const int64_t E = c->num_experts, k = c->num_experts_per_tok;
+    const int nsa = has_nsa(c);
+    int64_t wide = 0, width = 0, compress = 0, select = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        wide = max64(wide, gpu_wide_row(c, l).size);
+        width = max64(width, ffn_width(c, l));
     }
     const int64_t nc = nsa ? compressed_seen(T - 1, c->cmp_block, c->cmp_stride) : 0;
     if (nsa) {
@@ -1135,60 +1951,106 @@ static int64_t carve_gpu_scratch(GpuScratch *s, const Config *c, int64_t B, int6
             compress = max64(compress, gpu_compress_scratch(&cs));
         }
     }
-    int64_t columns = max64(max64(C, c->num_experts), BRANCHES * H * D);        // the widest sum of columns
+    int64_t columns = max64(E, BRANCHES * H * D);       // the widest sum of columns
     columns = max64(columns, max64(c->cmp_block, 2) * max64(D, Dv));
-    const MoeShape moe = moe_shape(c, N, NULL);
-    s->norm = take(&memory, &used, N * C);
-    s->y = take(&memory, &used, N * C);
-    s->attention = take(&memory, &used, N * H * Dv);
-    s->ffn = take(&memory, &used, N * width);
-    s->compress = take(&memory, &used, compress);
-    s->select = take(&memory, &used, select);
-    s->logits = take(&memory, &used, logit_rows(c, N) * c->vocab_size);
-    s->experts = c->num_experts ? take(&memory, &used, gpu_moe_scratch(&moe)) : NULL;
-    s->parts = take(&memory, &used, SUM_PARTS * columns);
-    s->sums = take(&memory, &used, max64(c->num_experts, BRANCHES));
-    s->loss = take(&memory, &used, N);
-    s->tokens = take_ints(&memory, &used, N);
-    s->targets = take_ints(&memory, &used, N);
-    if (!train) return used;
-    s->dx = take(&memory, &used, N * C);
-    s->dnorm = take(&memory, &used, N * C);
-    s->dwide = take(&memory, &used, N * wide);
-    s->dattention = take(&memory, &used, N * H * Dv);
-    s->dgates = take(&memory, &used, nsa ? N * H * BRANCHES : 0);
-    s->dgate_up = take(&memory, &used, N * 2 * width);
-    s->dffn = take(&memory, &used, N * width);
-    s->dcompressed[0] = take(&memory, &used, B * nc * KV * D);
-    s->dcompressed[1] = take(&memory, &used, B * nc * KV * Dv);
-    s->delta = take(&memory, &used, N * H);
-    s->dprobs = take(&memory, &used, N * c->num_experts);
+    carve(m, &s->norm, N * C);
+    carve(m, &s->y, N * C);
+    carve(m, &s->attention, N * H * Dv);
+    carve(m, &s->ffn, N * width);
+    carve(m, &s->compress, compress);
+    carve(m, &s->select, select);
+    carve(m, &s->logits, gpu_logit_rows(c, N) * logit_row(c));
+    carve(m, &s->parts, max64(SUM_PARTS * columns, NORM_BLOCKS * C));
+    carve(m, &s->sums, max64(E, BRANCHES));
+    carve(m, &s->loss, N);
+    carve(m, &s->tokens, N);
+    carve(m, &s->targets, N);
+    if (E) {
+        const MoeShape moe = moe_shape(c, N, NULL);
+        carve_moe_scratch(&s->moe, &moe, m);
+        carve(m, &s->kept, N * k);
+        carve(m, &s->shares, N * k);
+        carve(m, &s->count, E);
+    }
+    if (!train) return;
+    carve(m, &s->dx, N * C);
+    carve(m, &s->dnorm, N * C);
+    carve(m, &s->dwide, N * wide);
+    carve(m, &s->dattention, N * H * Dv);
+    carve(m, &s->dgates, nsa ? N * H * BRANCHES : 0);
+    carve(m, &s->dq, N * H * D);
+    carve(m, &s->dcompressed[0], B * nc * KV * D);
+    carve(m, &s->dcompressed[1], B * nc * KV * Dv);
+    carve(m, &s->delta, N * H);
+    carve(m, &s->dprobs, N * E);
+    carve(m, &s->drouter, N * E);
+    carve(m, &s->dweight, E ? N * k : 0);
     s->takers.blocks = nsa ? (T - 1) / c->sel_block + 1 : 0;
-    s->takers.count = (int64_t *)take_ints(&memory, &used, 2 * B * KV * s->takers.blocks);
-    s->takers.start = (int64_t *)take_ints(&memory, &used, 2 * B * KV * (s->takers.blocks + 1));
-    s->takers.queries = take_ints(&memory, &used, nsa ? N * KV * c->sel_blocks : 0);
-    s->places = take_ints(&memory, &used, N);
-    s->occurring = take_ints(&memory, &used, N);
-    s->start = take_ints(&memory, &used, N + 1);
-    s->norm_sums = (double *)take_ints(&memory, &used, 2 * (count_params(c) / SUM_CHUNK + 1));
-    return used;
+    carve(m, &s->takers.count, B * KV * s->takers.blocks);
+    carve(m, &s->takers.start, B * KV * (s->takers.blocks + 1));
+    carve(m, &s->takers.queries, nsa ? N * KV * c->sel_blocks : 0);
+    carve(m, &s->places, N);
+    carve(m, &s->occurring, N);
+    carve(m, &s->start, N + 1);
+    carve(m, &s->norm_sums, count_params(c) / SUM_CHUNK + 1);
+}
+
+// Bytes of activations, and of working memory with the table of RoPE and the last norm.
+template <typename F>
+static void net_bytes(int64_t bytes[2], const Config *c, int64_t B, int64_t T, int recompute, int train) {
+    GpuActs<F> *acts = (GpuActs<F> *)xcalloc((size_t)c->num_hidden_layers, sizeof(GpuActs<F>));
+    GpuScratch<F> work;
+    Carver m = {NULL, 0};
+    carve_gpu_acts(acts, c, B, T, recompute, train, &m);
+    bytes[0] = m.used;
+    m.used = 0;
+    carve_gpu_scratch(&work, c, B, T, train, &m);
+    float *rope, *rstd;
+    carve(&m, &rope, T * c->head_dim);
+    carve(&m, &rstd, B * T);
+    bytes[1] = m.used;
+    free(acts);
 }
 
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
-    LayerActs *acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
-    GpuScratch none;
-    const int64_t params = count_params(c);
-    const int64_t part[] = {params, train ? params : 0, train ? 2 * params : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
-                            carve_gpu_scratch(&none, c, B, T, train, NULL) + B * T + T * c->head_dim};
-    free(acts);
+    const int64_t params = count_params(c), number = (int64_t)sizeof(float);
+    int64_t bytes[2];
+    if (is_bf16(c)) net_bytes<bf16>(bytes, c, B, T, recompute, train);
+    else net_bytes<float>(bytes, c, B, T, recompute, train);
+    const int64_t part[] = {is_bf16(c) ? params + params / 2 + 1 : params, train ? params : 0, train ? 2 * params : 0, bytes[0] / number, bytes[1] / number};
     return memory_table(part, table);
+}
+
+template <typename F>
+static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) {
+    const Config *c = &g->config;
+    Net<F> *n = &net<F>;
+    int64_t bytes[2];
+    net_bytes<F>(bytes, c, B, T, recompute, train);
+    if constexpr (std::is_same<F, float>::value) n->weights = g->weights;
+    else n->weights = (F *)device_malloc(g->num_elements * (int64_t)sizeof(F));
+    n->memory = (char *)device_malloc(bytes[0] + bytes[1]);
+    n->acts = (GpuActs<F> *)xcalloc((size_t)c->num_hidden_layers, sizeof(GpuActs<F>));
+    Carver m = {n->memory, 0};
+    carve_gpu_acts(n->acts, c, B, T, recompute, train, &m);
+    carve_gpu_scratch(&n->work, c, B, T, train, &m);
+    carve(&m, &g->rope, T * c->head_dim);
+    carve(&m, &g->final_rstd, B * T);
+}
+
+template <typename F>
+static void net_free(Model *g) {
+    Net<F> *n = &net<F>;
+    if ((void *)n->weights != (void *)g->weights) CUDA(cudaFree(n->weights));
+    CUDA(cudaFree(n->memory));
+    free(n->acts);
+    memset(n, 0, sizeof *n);
 }
 
 void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     const Config *c = &m->config;
-    int nsa = 0, len;
-    for (int l = 0; l < c->num_hidden_layers; l++) nsa |= !layer_is_full(c, l);
-    if (nsa && c->compress != COMPRESS_MLP && c->compress != COMPRESS_GROUPED_MLP && c->compress != COMPRESS_CONV1D && c->compress != COMPRESS_AVGPOOL) {
+    int len;
+    if (has_nsa(c) && c->compress != COMPRESS_MLP && c->compress != COMPRESS_GROUPED_MLP && c->compress != COMPRESS_CONV1D && c->compress != COMPRESS_AVGPOOL) {
         const char *name = choice_name(compress_names, c->compress, &len);
         die(2, "--compress %.*s has no kernels here yet: train_nsa, on the CPU, knows it", len, name);
     }
@@ -1208,16 +2070,10 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
         m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));     // for checkpoints
         m->adam_v = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
     }
-    g->acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
+    if (is_bf16(c)) net_alloc<bf16>(g, B, T, recompute, train);
+    else net_alloc<float>(g, B, T, recompute, train);
     g->rope_positions = T;
-    const int64_t table = round_up(T * c->head_dim, 16), rstd = round_up(B * T, 16);
-    const int64_t acts = carve_acts(g->acts, c, B, T, recompute, train, NULL), work = carve_gpu_scratch(&scratch, c, B, T, train, NULL);
-    g->memory = (float *)device_malloc((table + rstd + acts + work) * (int64_t)sizeof(float));
-    g->rope = g->memory;
-    g->final_rstd = g->rope + table;
-    carve_acts(g->acts, c, B, T, recompute, train, g->final_rstd + rstd);
-    carve_gpu_scratch(&scratch, c, B, T, train, g->final_rstd + rstd + acts);
-    float *angles = (float *)xmalloc((size_t)table * sizeof(float));
+    float *angles = (float *)xmalloc((size_t)(T * c->head_dim) * sizeof(float));
     rope_table(angles, T, c->head_dim, c->rope_theta);
     to_device(g->rope, angles, T * c->head_dim * (int64_t)sizeof(float));
     free(angles);
@@ -1225,18 +2081,47 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
 
 void device_free(Model *m) {
     Model *g = m->twin;
-    float *all[] = {g->weights, g->grads, g->adam_m, g->adam_v, g->memory};
+    if (is_bf16(&g->config)) net_free<bf16>(g);
+    else net_free<float>(g);
+    float *all[] = {g->weights, g->grads, g->adam_m, g->adam_v};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) CUDA(cudaFree(all[i]));
     free(g->layers);
     free(g->params);
-    free(g->acts);
     free(g);
     m->twin = NULL;
 }
 
+// ----------------------------------------------------------------------------
+// What the log's head says of the device.
+
+void device_describe(const Config *c, Text *out) {
+    text_add(out, "%s (sm_%d%d), %s", gpu.name, gpu.major, gpu.minor, is_bf16(c) ? "bf16" : "f32");
+}
+
+// ----------------------------------------------------------------------------
+// Weights in bf16. To the nearest, or stochastically (--stochastic-rounding): up or down with the chance that makes the mean right.
+// The chance is a hash of the number itself and its place, so that a run that is resumed rounds as it did before.
+
+__device__ static inline bf16 round_weight(float x, int64_t place, int stochastic) {
+    if (!stochastic || !isfinite(x)) return __float2bfloat16_rn(x);
+    uint32_t bits = __float_as_uint(x), h = bits ^ (uint32_t)place * 0x9e3779b9u;
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    return __ushort_as_bfloat16((unsigned short)((bits + ((h ^ h >> 16) & 0xffff)) >> 16));
+}
+
+__global__ void round_weights_kernel(bf16 *out, const float *weights, int64_t n, int stochastic) {
+    const int64_t i = global_thread();
+    if (i < n) out[i] = round_weight(weights[i], i, stochastic);
+}
+
 void device_store(Model *m) {
-    const int64_t bytes = m->num_elements * (int64_t)sizeof(float);
+    const int64_t n = m->num_elements, bytes = n * (int64_t)sizeof(float);
     to_device(m->twin->weights, m->weights, bytes);
+    if (is_bf16(&m->config)) {
+        round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, m->stochastic_rounding);
+        LAUNCHED();
+    }
     if (!m->twin->train) return;
     to_device(m->twin->adam_m, m->adam_m, bytes);
     to_device(m->twin->adam_v, m->adam_v, bytes);
@@ -1250,271 +2135,365 @@ void device_fetch(Model *m) {
     to_host(m->adam_v, m->twin->adam_v, bytes);
 }
 
-// ----------------------------------------------------------------------------
-// Forward: each function is its namesake of train_nsa.c with kernels for loops.
+// A matrix as products read it; `w` is its place in the twin's weights.
+template <typename F>
+static const F *matrix(const Model *g, const float *w) { return net<F>.weights + (w - g->weights); }
 
-static Branches branches_of(const LayerActs *a) {
-    Branches b = {{a->branch[0], a->branch[1], a->branch[2]}};
+// ----------------------------------------------------------------------------
+// Forward: each function is its namesake of train_nsa.c with kernels for loops. Norms are made by whoever adds to the residual
+// stream: a layer finds the norm of its input in work.norm, and leaves that of the next one's there.
+
+template <typename F>
+static Branches<F> branches_of(const GpuActs<F> *a) {
+    Branches<F> b = {{a->branch[0], a->branch[1], a->branch[2]}};
     return b;
 }
 
-static const float *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64_t T) {
+template <typename F>
+static Mask gpu_branch_mask(const Config *c, const GpuActs<F> *a, AttentionShape *s, int layer, int branch) {
+    LayerActs places;
+    memset(&places, 0, sizeof places);
+    places.block_idx = a->block_idx;
+    return branch_mask(c, &places, s, layer, branch);
+}
+
+template <typename F>
+static CompressMatrices<F> compress_matrices(const Model *g, const CompressWeights *w) {
+    CompressMatrices<F> m = {matrix<F>(g, w->fc1), matrix<F>(g, w->fc2), matrix<F>(g, w->conv)};
+    return m;
+}
+
+// Heads that turn with their token's place: q's and those of each branch's k but the compressed one's, which turn as blocks.
+static Heads turning_heads(const Config *c, const WideRow *row, int with_q) {
+    Heads h;
+    memset(&h, 0, sizeof h);
+    if (with_q) heads_add(&h, row->q, c->num_attention_heads);
+    for (int b = 0; b < row->branches; b++)
+        if (row->branches == 1 || b != CMP) heads_add(&h, row->k[b], c->num_key_value_heads);
+    return h;
+}
+static Heads some_heads(int count) {
+    Heads h;
+    memset(&h, 0, sizeof h);
+    heads_add(&h, 0, count);
+    return h;
+}
+
+template <typename F>
+static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64_t T) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const WideRow row = wide_row(c, layer);
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const WideRow row = gpu_wide_row(c, layer);
+    const Heads turning = turning_heads(c, &row, 1), blocks = some_heads(c->num_key_value_heads);
     const int64_t N = B * T;
     const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
 
     if (nsa) {      // before RoPE turns q
-        gates_forward_kernel<<<grid(N * BRANCHES * H, THREADS), THREADS>>>(a->gates, a->wide + row.gate, row.size, a->wide, row.size, w->gate_weight,
+        gates_forward_kernel<<<grid(N * BRANCHES * H, THREADS), THREADS>>>(a->gates, (const F *)a->wide + row.gate, row.size, (const F *)a->wide, row.size, w->gate_weight,
                                                                           w->gate_bias, N, H, D, c->gate);
         LAUNCHED();
     }
-    gpu_rope(a->wide, row.size, g->rope, N, T, 1, H, D, 1);
+    gpu_rope<F>(a->wide, row.size, NULL, g->rope, N, T, 1, &turning, D, 1);
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
         AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = branch_mask(c, a, &shape, layer, b);
-        float *k = a->wide + row.k[b], *v = a->wide + row.v[b];
+        const Mask mask = gpu_branch_mask(c, a, &shape, layer, b);
+        F *k = a->wide + row.k[b], *v = a->wide + row.v[b];
         if (compressed) {
             for (int i = 0; i < 2; i++) {
                 const CompressShape cs = compress_shape(c, B, T, row.size, i);
-                gpu_compress_forward(a->compressed[i], a->hidden[i], i ? v : k, &w->compress[i], &cs, scratch.compress);
+                const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
+                gpu_compress_forward<F>(a->compressed[i], a->hidden[i], i ? v : k, &w->compress[i], &m, &cs, s->compress);
             }
             k = a->compressed[0];
             v = a->compressed[1];
-            gpu_rope(k, shape.k_row, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, KV, D, 1);
-        } else {
-            gpu_rope(k, row.size, g->rope, N, T, 1, KV, D, 1);
+            gpu_rope<F>(k, shape.k_row, NULL, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, &blocks, D, 1);
         }
-        gpu_attention_forward(a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape);
+        gpu_attention_forward<F>(a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape);
         if (compressed) {
             const SelectShape select = select_shape(c);
-            gpu_select_forward(a->block_idx, a->wide, k, a->lse[CMP], &shape, &select, scratch.select);
+            gpu_select_forward<F>(a->block_idx, a->wide, k, a->lse[CMP], &shape, &select, s->select);
             if (given_block_idx) device_copy(a->block_idx, given_block_idx[layer], N * KV * c->sel_blocks * (int64_t)sizeof(int));
         }
     }
     if (!nsa) return a->branch[0];
-    branches_sum_kernel<<<grid(N * H * c->v_head_dim, THREADS), THREADS>>>(scratch.attention, branches_of(a), a->gates, N * H, c->v_head_dim);
+    branches_sum_kernel<<<grid(N * H * c->v_head_dim, THREADS), THREADS>>>(s->attention, branches_of(a), a->gates, N * H, c->v_head_dim);
     LAUNCHED();
-    return scratch.attention;
+    return s->attention;
 }
 
+// work.norm: from the norm of x to that of mid
+template <typename F>
 static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const int64_t N = B * T, C = c->hidden_size, wide = wide_row(c, layer).size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
-    gpu_rmsnorm_forward(scratch.norm, a->rstd1, a->x, w->norm1, N, C, c->rms_norm_eps);
-    gpu_linear_forward(a->wide, wide, scratch.norm, C, w->wide, N, C, wide);
-    gpu_linear_forward(scratch.y, C, gpu_attention_core_forward(g, layer, B, T), HDv, w->o, N, HDv, C);
-    dropout_add(a->mid, a->x, scratch.y, N * C, dropout_at(c, T, 2 * layer + 1, info));
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const int64_t N = B * T, C = c->hidden_size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
+    gpu_linear_forward(a->wide, gpu_wide_row(c, layer).size, s->norm, C, matrix<F>(g, w->wide), N, C, wide_row(c, layer).size);
+    gpu_linear_forward(s->y, C, gpu_attention_core_forward<F>(g, layer, B, T), HDv, matrix<F>(g, w->o), N, HDv, C);
+    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, w->norm2, N, C, c->rms_norm_eps, dropout_at(c, T, 2 * layer + 1, info));
 }
 
+// What backward needs of the FFN: work.norm (of mid) to gate_up, and the experts' routing and gate_up.
+template <typename F>
+static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInfo *info) {
+    const Config *c = &g->config;
+    const LayerWeights *w = &g->layers[layer];
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const int64_t C = c->hidden_size, width = ffn_width(c, layer);
+    gpu_linear_forward(a->gate_up, 2 * width, s->norm, C, matrix<F>(g, w->gate_up), N, C, 2 * width);
+    if (!layer_is_moe(c, layer)) return;
+    const MoeShape moe = moe_shape(c, N, info);
+    gpu_linear_forward(a->routing.probs, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E);
+    gpu_moe_route(&a->routing, &moe, given_experts ? given_experts[layer] : NULL, s->count, s->kept, s->shares);
+}
+
+// work.norm: from the norm of mid to that of out, which is the next layer's input or the head's.
+template <typename F>
 static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const int64_t N = B * T, C = c->hidden_size, F = ffn_width(c, layer);
-    gpu_rmsnorm_forward(scratch.norm, a->rstd2, a->mid, w->norm2, N, C, c->rms_norm_eps);
-    if (F > 0) {
-        gpu_linear_forward(a->gate_up, 2 * F, scratch.norm, C, w->gate_up, N, C, 2 * F);
-        gpu_swiglu_forward(scratch.ffn, a->gate_up, N, F);
-        gpu_linear_forward(scratch.y, C, scratch.ffn, F, w->down, N, F, C);
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
+    const int last = layer + 1 == c->num_hidden_layers;
+    gpu_ffn_inputs_forward<F>(g, layer, N, info);
+    if (width > 0) {
+        gpu_swiglu_forward(s->ffn, a->gate_up, N, width);
+        gpu_linear_forward(s->y, C, s->ffn, width, matrix<F>(g, w->down), N, width, C);
     } else {
-        device_zero(scratch.y, N * C * (int64_t)sizeof(float));
+        device_zero(s->y, N * C * (int64_t)sizeof(F));
     }
     if (layer_is_moe(c, layer)) {
         const MoeShape moe = moe_shape(c, N, info);
-        gpu_linear_forward(a->routing.probs, moe.E, scratch.norm, C, w->router, N, C, moe.E);
-        gpu_moe_route(&a->routing, &moe, scratch.experts + round_up(moe_scratch(&moe), 16));
-        gpu_moe_forward(scratch.y, a->expert_gate_up, scratch.norm, w->experts, &a->routing, &moe, scratch.experts);
+        gpu_moe_forward<F>(s->y, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
     }
-    dropout_add(a->out, a->mid, scratch.y, N * C, dropout_at(c, T, 2 * layer + 2, info));
+    gpu_add_norm<F>(a->out, s->norm, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, last ? g->norm : g->layers[layer + 1].norm1, N, C,
+                    c->rms_norm_eps, dropout_at(c, T, 2 * layer + 2, info));
 }
 
 // What the log and the loss say of a layer, gathered in the host's model.
+template <typename F>
 static void gpu_layer_stats(Model *m, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &m->config;
-    const LayerActs *a = &m->twin->acts[layer];
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
     if (!layer_is_full(c, layer) && !info) {        // gates are logged at validations
         const int64_t n = B * T * c->num_attention_heads;
         float sums[BRANCHES];
-        device_zero(scratch.sums, sizeof sums);
-        column_sums(scratch.sums, n, BRANCHES, Plain{a->gates, BRANCHES}, scratch.parts);
-        to_host(sums, scratch.sums, sizeof sums);
+        device_zero(s->sums, sizeof sums);
+        column_sums(s->sums, n, BRANCHES, Plain<float>{a->gates, BRANCHES}, s->parts);
+        to_host(sums, s->sums, sizeof sums);
         for (int b = 0; b < BRANCHES; b++) m->gate_sum[layer * BRANCHES + b] += (double)sums[b];
         m->gate_count[layer] += n;
     }
     if (layer_is_moe(c, layer)) {
         const MoeShape moe = moe_shape(c, B * T, info);
-        gpu_moe_losses(&m->moe_z, &m->moe_balance, m->moe_load + layer * moe.E, &a->routing, &moe, c->z_loss_coef, c->balance_loss_coef,
-                       scratch.sums, scratch.parts);
+        gpu_moe_losses(&m->moe_z, &m->moe_balance, &m->moe_load[layer * c->num_experts], &a->routing, &moe, c->z_loss_coef, c->balance_loss_coef, s->sums, s->parts);
     }
 }
 
-static const float *gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T, const StepInfo *info) {
+// Leaves the last layer's output, and its norm in work.norm.
+template <typename F>
+static void gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T, const StepInfo *info) {
     Model *g = m->twin;
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = net<F>.acts;
     const int64_t N = B * T, C = g->config.hidden_size;
     if (N > (int64_t)g->B * g->T || T > g->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, g->B, g->T);
     m->moe_z = m->moe_balance = 0;
-    to_device(scratch.tokens, tokens, N * (int64_t)sizeof(int));
-    embed_kernel<<<grid(N * C, THREADS), THREADS>>>(g->acts[0].x, scratch.tokens, g->embed, N, C);
+    to_device(s->tokens, tokens, N * (int64_t)sizeof(int));
+    embed_kernel<<<grid(N * C, THREADS), THREADS>>>(a->x, s->tokens, matrix<F>(g, g->embed), N, C, dropout_at(&g->config, T, 0, info));
     LAUNCHED();
-    dropout_add(g->acts[0].x, NULL, g->acts[0].x, N * C, dropout_at(&g->config, T, 0, info));
+    gpu_rmsnorm_forward<F>(s->norm, a->rstd1, a->x, g->layers[0].norm1, N, C, g->config.rms_norm_eps);
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
-        gpu_attention_layer_forward(g, l, B, T, info);
-        gpu_ffn_layer_forward(g, l, B, T, info);
-        gpu_layer_stats(m, l, B, T, info);
+        gpu_attention_layer_forward<F>(g, l, B, T, info);
+        gpu_ffn_layer_forward<F>(g, l, B, T, info);
+        gpu_layer_stats<F>(m, l, B, T, info);
     }
-    return g->acts[g->config.num_hidden_layers - 1].out;
 }
 
-static double gpu_head_loss(Model *g, const float *x, const int *targets, int64_t N, const StepInfo *info) {
+// The cross entropy of each token in work.loss, and with `info` the gradients of the head and of its input, which becomes work.dx.
+template <typename F>
+static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInfo *info) {
     const Config *c = &g->config;
-    const int64_t C = c->hidden_size, V = c->vocab_size, rows = logit_rows(c, N);
+    GpuScratch<F> *s = &net<F>.work;
+    const int64_t C = c->hidden_size, V = c->vocab_size, rows = gpu_logit_rows(c, N), ld = logit_row(c);
+    const F *head = matrix<F>(g, g->head);
     const float scale = info ? (float)(info->grad_scale / (double)N) : 0;
-    to_device(scratch.targets, targets, N * (int64_t)sizeof(int));
-    gpu_rmsnorm_forward(scratch.norm, g->final_rstd, x, g->norm, N, C, c->rms_norm_eps);
-    for (int64_t i0 = 0; i0 < N; i0 += rows) {
-        const int64_t n = min64(rows, N - i0);
-        gpu_linear_forward(scratch.logits, V, scratch.norm + i0 * C, C, g->head, n, C, V);
-        cross_entropy_kernel<<<(unsigned)n, THREADS>>>(scratch.logits, scratch.loss + i0, scratch.targets + i0, V, scale, info != NULL);
+    to_device(s->targets, targets, N * (int64_t)sizeof(int));
+    for (int64_t i = 0; i < N; i += rows) {
+        const int64_t n = min64(rows, N - i);
+        gpu_linear_forward(s->logits, ld, s->norm + i * C, C, head, n, C, V);
+        cross_entropy_kernel<<<(unsigned)n, THREADS>>>(s->logits, ld, s->loss + i, s->targets + i, V, scale, info != NULL);
         LAUNCHED();
-        if (info) gpu_linear_backward(scratch.dnorm + i0 * C, C, g->grads + (g->head - g->weights), scratch.logits, V, scratch.norm + i0 * C, C, g->head, n, C, V, 0);
+        if (info) gpu_linear_backward(s->dnorm + i * C, C, g->grads + (g->head - g->weights), s->logits, ld, s->norm + i * C, C, head, n, C, V, 0);
     }
     if (info) {
-        device_zero(scratch.dx, N * C * (int64_t)sizeof(float));
-        gpu_rmsnorm_backward(scratch.dx, g->grads + (g->norm - g->weights), scratch.dnorm, x, g->final_rstd, g->norm, N, C, scratch.parts);
+        device_zero(s->dx, N * C * (int64_t)sizeof(F));
+        gpu_rmsnorm_backward<F>(s->dx, g->grads + (g->norm - g->weights), s->dnorm, net<F>.acts[c->num_hidden_layers - 1].out, g->final_rstd, g->norm, N, C, s->parts);
     }
+}
+
+// Waits for everything asked of the GPU so far.
+static double mean_loss(const float *losses, int64_t N) {
     float *loss = (float *)xmalloc((size_t)N * sizeof(float));
-    to_host(loss, scratch.loss, N * (int64_t)sizeof(float));
+    to_host(loss, losses, N * (int64_t)sizeof(float));
     double total = 0;
     for (int64_t i = 0; i < N; i++) total += (double)loss[i];
     free(loss);
     return total / (double)N;
 }
 
+template <typename F>
+static double gpu_evaluate(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T) {
+    gpu_layers_forward<F>(m, tokens, B, T, NULL);
+    gpu_head_loss<F>(m->twin, targets, B * T, NULL);
+    return mean_loss(net<F>.work.loss, B * T);
+}
+
 double device_evaluate(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T) {
-    const float *x = gpu_layers_forward(m, tokens, B, T, NULL);
-    return m->loss = gpu_head_loss(m->twin, x, targets, B * T, NULL);
+    return m->loss = is_bf16(&m->config) ? gpu_evaluate<bf16>(m, tokens, targets, B, T) : gpu_evaluate<float>(m, tokens, targets, B, T);
+}
+
+// n rows of numbers of the GPU, `row` apart, as f32 of the host.
+template <typename F>
+static void fetch_rows(float *to, const F *from, int64_t n, int64_t width, int64_t row) {
+    F *x = (F *)xmalloc((size_t)(n * row) * sizeof(F));
+    to_host(x, from, n * row * (int64_t)sizeof(F));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < width; j++) to[i * width + j] = (float)x[i * row + j];
+    free(x);
+}
+
+template <typename F>
+static void gpu_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logits, int last_only) {
+    Model *g = m->twin;
+    GpuScratch<F> *s = &net<F>.work;
+    const int64_t C = m->config.hidden_size, V = m->config.vocab_size, N = last_only ? B : B * T, skip = last_only ? T : 1;
+    const int64_t rows = gpu_logit_rows(&m->config, B * T), ld = logit_row(&m->config);
+    gpu_layers_forward<F>(m, tokens, B, T, NULL);
+    for (int64_t i = 0; i < N; i += rows) {
+        const int64_t n = min64(rows, N - i);
+        gpu_linear_forward(s->logits, ld, s->norm + ((i + 1) * skip - 1) * C, skip * C, matrix<F>(g, g->head), n, C, V);
+        fetch_rows(logits + i * V, s->logits, n, V, ld);
+    }
 }
 
 void device_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logits, int last_only) {
-    Model *g = m->twin;
-    const int64_t C = m->config.hidden_size, V = m->config.vocab_size, N = last_only ? B : B * T, skip = last_only ? T : 1, rows = logit_rows(&m->config, B * T);
-    const float *x = gpu_layers_forward(m, tokens, B, T, NULL);
-    gpu_rmsnorm_forward(scratch.norm, g->final_rstd, x, g->norm, B * T, C, m->config.rms_norm_eps);
-    for (int64_t i0 = 0; i0 < N; i0 += rows) {
-        const int64_t n = min64(rows, N - i0);
-        gpu_linear_forward(scratch.logits, V, scratch.norm + ((i0 + 1) * skip - 1) * C, skip * C, g->head, n, C, V);
-        to_host(logits + i0 * V, scratch.logits, n * V * (int64_t)sizeof(float));
-    }
+    if (is_bf16(&m->config)) gpu_logits<bf16>(m, tokens, B, T, logits, last_only);
+    else gpu_logits<float>(m, tokens, B, T, logits, last_only);
 }
 
 // ----------------------------------------------------------------------------
 // Backward
 
+template <typename F>
 static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const int64_t N = B * T, C = c->hidden_size, F = ffn_width(c, layer);
-    float *dy = scratch.y;
-    dropout_add(dy, NULL, scratch.dx, N * C, dropout_at(c, T, 2 * layer + 2, info));
-    gpu_rmsnorm_again(scratch.norm, a->rstd2, a->mid, w->norm2, N, C);
-    if (F > 0) {
-        gpu_swiglu_forward(scratch.ffn, a->gate_up, N, F);
-        gpu_linear_backward(scratch.dffn, F, grad_of(g, w->down), dy, C, scratch.ffn, F, w->down, N, F, C, 0);
-        gpu_swiglu_backward(scratch.dgate_up, scratch.dffn, a->gate_up, N, F);
-        gpu_linear_backward(scratch.dnorm, C, grad_of(g, w->gate_up), scratch.dgate_up, 2 * F, scratch.norm, C, w->gate_up, N, C, 2 * F, 0);
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
+    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 2, info));
+    gpu_norm_again<F>(s->norm, a->rstd2, a->mid, w->norm2, N, C);
+    if (width > 0) {
+        gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
+        gpu_swiglu_backward(a->gate_up, s->ffn, s->ffn, N, width);
+        gpu_linear_backward<F>(NULL, 0, grad_of(g, w->down), dy, C, s->ffn, width, NULL, N, width, C, 0);
+        gpu_linear_backward(s->dnorm, C, grad_of(g, w->gate_up), a->gate_up, 2 * width, s->norm, C, matrix<F>(g, w->gate_up), N, C, 2 * width, 0);
     } else {
-        device_zero(scratch.dnorm, N * C * (int64_t)sizeof(float));
+        device_zero(s->dnorm, N * C * (int64_t)sizeof(F));
     }
     if (layer_is_moe(c, layer)) {
         const MoeShape moe = moe_shape(c, N, info);
-        const float *dweight = gpu_moe_backward(scratch.dnorm, grad_of(g, w->experts), dy, a->expert_gate_up, scratch.norm, w->experts, &a->routing, &moe, scratch.experts);
-        router_backward_kernel<<<grid(N, THREADS), THREADS>>>(scratch.dprobs, dweight, a->routing, moe, c->z_loss_coef, c->balance_loss_coef, info->grad_scale);
+        gpu_moe_backward<F>(s->dnorm, grad_of(g, w->experts), s->dweight, dy, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
+        router_backward_kernel<<<grid(N, THREADS), THREADS>>>(s->drouter, s->dprobs, s->dweight, a->routing, moe, c->z_loss_coef, c->balance_loss_coef, info->grad_scale);
         LAUNCHED();
-        gpu_linear_backward(scratch.dnorm, C, grad_of(g, w->router), scratch.dprobs, moe.E, scratch.norm, C, w->router, N, C, moe.E, 1);
+        gpu_linear_backward(s->dnorm, C, grad_of(g, w->router), s->drouter, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E, 1);
     }
-    gpu_rmsnorm_backward(scratch.dx, grad_of(g, w->norm2), scratch.dnorm, a->mid, a->rstd2, w->norm2, N, C, scratch.parts);
+    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm2), s->dnorm, a->mid, a->rstd2, w->norm2, N, C, s->parts);
 }
 
+// dwide of all branches, every column of it.
+template <typename F>
 static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t T) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const WideRow row = wide_row(c, layer);
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const WideRow row = gpu_wide_row(c, layer);
     const int64_t N = B * T;
     const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
+    const Heads keys = turning_heads(c, &row, 0), queries = some_heads(H), blocks = some_heads(KV);
 
-    device_zero(scratch.dwide, N * row.size * (int64_t)sizeof(float));
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
         AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = branch_mask(c, a, &shape, layer, b);
-        const float *k = compressed ? a->compressed[0] : a->wide + row.k[b], *v = compressed ? a->compressed[1] : a->wide + row.v[b];
-        float *dk = compressed ? scratch.dcompressed[0] : scratch.dwide + row.k[b], *dv = compressed ? scratch.dcompressed[1] : scratch.dwide + row.v[b];
-        if (compressed) {
-            device_zero(dk, B * shape.Tk * shape.k_row * (int64_t)sizeof(float));
-            device_zero(dv, B * shape.Tk * shape.v_row * (int64_t)sizeof(float));
-        }
-        gpu_attention_backward(scratch.dwide, dk, dv, scratch.dattention, nsa ? a->gates + b : NULL, a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape,
-                               scratch.delta, &scratch.takers);
-        if (!compressed) {
-            gpu_rope(dk, row.size, g->rope, N, T, 1, KV, D, -1);
-            continue;
-        }
-        gpu_rope(dk, shape.k_row, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, KV, D, -1);
+        const Mask mask = gpu_branch_mask(c, a, &shape, layer, b);
+        const F *k = compressed ? a->compressed[0] : a->wide + row.k[b], *v = compressed ? a->compressed[1] : a->wide + row.v[b];
+        F *dk = compressed ? s->dcompressed[0] : s->dwide + row.k[b], *dv = compressed ? s->dcompressed[1] : s->dwide + row.v[b];
+        gpu_attention_backward<F>(s->dq, b > 0, dk, dv, s->dattention, nsa ? a->gates + b : NULL, a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape,
+                                  s->delta, &s->takers);
+        if (!compressed) continue;
+        gpu_rope<F>(dk, shape.k_row, NULL, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, &blocks, D, -1);
         for (int i = 0; i < 2; i++) {
             const CompressShape cs = compress_shape(c, B, T, row.size, i);
+            const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
             CompressWeights wc = w->compress[i], dw = wc;
             CompressTensor list[COMPRESS_TENSORS];
             const int count = compress_tensors(list, c->compress, KV, c->cmp_block, cs.D);
             for (int t = 0; t < count; t++) *compress_pointer(&dw, &list[t]) = grad_of(g, *compress_pointer(&wc, &list[t]));
             const int64_t at = (i ? row.v : row.k)[CMP];
-            gpu_compress_backward(scratch.dwide + at, &dw, scratch.dcompressed[i], a->hidden[i], a->wide + at, &wc, &cs, scratch.compress, scratch.parts);
+            gpu_compress_backward<F>(s->dwide + at, &dw, s->dcompressed[i], a->hidden[i], a->wide + at, &wc, &m, &cs, s->compress, s->parts);
         }
     }
-    gpu_rope(scratch.dwide, row.size, g->rope, N, T, 1, H, D, -1);
+    gpu_rope<F>(s->dwide, row.size, NULL, g->rope, N, T, 1, &keys, D, -1);
+    gpu_rope<F>(s->dwide + row.q, row.size, s->dq, g->rope, N, T, 1, &queries, D, -1);
     if (!nsa) return;
-    gates_backward_kernel<<<grid(N * H, WARPS), THREADS>>>(scratch.dgates, scratch.dwide + row.gate, row.size, scratch.dattention, branches_of(a), a->gates,
+    gates_backward_kernel<<<grid(N * H, WARPS), THREADS>>>(s->dgates, s->dwide + row.gate, row.size, (const F *)s->dattention, branches_of(a), a->gates,
                                                            N * H, H, c->v_head_dim, c->gate);
     LAUNCHED();
-    column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain{scratch.dgates, BRANCHES * H}, scratch.parts);
+    column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);
     if (c->gate != GATE_Q_COND) return;
     // A gate on q reads q before RoPE: turn the kept one back (nothing needs it turned any more).
-    gpu_rope(a->wide, row.size, g->rope, N, T, 1, H, D, -1);
-    const GateWeightGradient value = {scratch.dgates, a->wide, row.size, H, D};
-    column_sums(grad_of(g, w->gate_weight), N, (int64_t)BRANCHES * H * D, value, scratch.parts);
-    gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(scratch.dwide, row.size, scratch.dgates, w->gate_weight, N, H, D);
+    gpu_rope<F>(a->wide + row.q, row.size, NULL, g->rope, N, T, 1, &queries, D, -1);
+    const GateWeightGradient<F> value = {s->dgates, a->wide, row.size, H, D};
+    column_sums(grad_of(g, w->gate_weight), N, (int64_t)BRANCHES * H * D, value, s->parts);
+    gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(s->dwide, row.size, s->dgates, w->gate_weight, N, H, D);
     LAUNCHED();
 }
 
+template <typename F>
 static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
-    const LayerActs *a = &g->acts[layer];
-    const int64_t N = B * T, C = c->hidden_size, wide = wide_row(c, layer).size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
-    const float *attention = a->branch[0];
+    GpuScratch<F> *s = &net<F>.work;
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    const int64_t N = B * T, C = c->hidden_size, wide = wide_row(c, layer).size, row = gpu_wide_row(c, layer).size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
+    const F *attention = a->branch[0];
     if (!layer_is_full(c, layer)) {
-        branches_sum_kernel<<<grid(N * HDv, THREADS), THREADS>>>(scratch.attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
+        branches_sum_kernel<<<grid(N * HDv, THREADS), THREADS>>>(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
         LAUNCHED();
-        attention = scratch.attention;
+        attention = s->attention;
     }
-    dropout_add(scratch.y, NULL, scratch.dx, N * C, dropout_at(c, T, 2 * layer + 1, info));
-    gpu_linear_backward(scratch.dattention, HDv, grad_of(g, w->o), scratch.y, C, attention, HDv, w->o, N, HDv, C, 0);
-    gpu_attention_core_backward(g, layer, B, T);
-    gpu_rmsnorm_again(scratch.norm, a->rstd1, a->x, w->norm1, N, C);
-    gpu_linear_backward(scratch.dnorm, C, grad_of(g, w->wide), scratch.dwide, wide, scratch.norm, C, w->wide, N, C, wide, 0);
-    gpu_rmsnorm_backward(scratch.dx, grad_of(g, w->norm1), scratch.dnorm, a->x, a->rstd1, w->norm1, N, C, scratch.parts);
+    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 1, info));
+    gpu_linear_backward(s->dattention, HDv, grad_of(g, w->o), dy, C, attention, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
+    gpu_attention_core_backward<F>(g, layer, B, T);
+    gpu_norm_again<F>(s->norm, a->rstd1, a->x, w->norm1, N, C);
+    gpu_linear_backward(s->dnorm, C, grad_of(g, w->wide), s->dwide, row, s->norm, C, matrix<F>(g, w->wide), N, C, wide, 0);
+    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, w->norm1, N, C, s->parts);
 }
 
 // The places of each token that occurs, in the order of the text: made by the host, which has the tokens.
+template <typename F>
 static void gpu_embed_backward(Model *g, const int *tokens, int64_t N) {
     const int64_t V = g->config.vocab_size, C = g->config.hidden_size;
+    GpuScratch<F> *s = &net<F>.work;
     int *next = (int *)xcalloc((size_t)(V + 1), sizeof(int)), *places = (int *)xmalloc((size_t)(3 * N + 1) * sizeof(int)), *occurring = places + N, *start = occurring + N;
     for (int64_t i = 0; i < N; i++) next[tokens[i] + 1]++;
     int found = 0;
@@ -1524,40 +2503,71 @@ static void gpu_embed_backward(Model *g, const int *tokens, int64_t N) {
     }
     start[found] = (int)N;
     for (int64_t i = 0; i < N; i++) places[next[tokens[i]]++] = (int)i;
-    to_device(scratch.places, places, N * (int64_t)sizeof(int));
-    to_device(scratch.occurring, occurring, found * (int64_t)sizeof(int));
-    to_device(scratch.start, start, (found + 1) * (int64_t)sizeof(int));
-    embed_backward_kernel<<<(unsigned)found, THREADS>>>(g->grads + (g->embed - g->weights), scratch.dx, scratch.occurring, scratch.start, scratch.places, C);
+    to_device(s->places, places, N * (int64_t)sizeof(int));
+    to_device(s->occurring, occurring, found * (int64_t)sizeof(int));
+    to_device(s->start, start, (found + 1) * (int64_t)sizeof(int));
+    embed_backward_kernel<<<(unsigned)found, THREADS>>>(g->grads + (g->embed - g->weights), (const F *)s->dx, s->occurring, s->start, s->places, C);
     LAUNCHED();
     free(next);
     free(places);
 }
 
-double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info) {
-    Model *g = m->twin;
-    const int64_t N = B * T;
-    const float *x = gpu_layers_forward(m, tokens, B, T, info);
-    m->loss = gpu_head_loss(g, x, targets, N, info);
-    for (int l = g->config.num_hidden_layers - 1; l >= 0; l--) {
-        if (g->recompute >= 2) gpu_attention_layer_forward(g, l, B, T, info);
-        if (g->recompute >= 1) gpu_ffn_layer_forward(g, l, B, T, info);
-        gpu_ffn_layer_backward(g, l, B, T, info);
-        gpu_attention_layer_backward(g, l, B, T, info);
+// What forward did not keep of a layer, from its input on.
+template <typename F>
+static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
+    const Config *c = &g->config;
+    const LayerWeights *w = &g->layers[layer];
+    const GpuActs<F> *a = &net<F>.acts[layer];
+    F *norm = net<F>.work.norm;
+    if (g->recompute >= 2) {
+        gpu_norm_again<F>(norm, a->rstd1, a->x, w->norm1, B * T, c->hidden_size);
+        gpu_attention_layer_forward<F>(g, layer, B, T, info);
+    } else if (g->recompute >= 1) {
+        gpu_norm_again<F>(norm, a->rstd2, a->mid, w->norm2, B * T, c->hidden_size);
     }
-    dropout_add(scratch.dx, NULL, scratch.dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));
-    gpu_embed_backward(g, tokens, N);
-    return m->loss;
+    if (g->recompute < 1) return;
+    gpu_ffn_inputs_forward<F>(g, layer, B * T, info);
+    if (!layer_is_moe(c, layer)) return;
+    const MoeShape moe = moe_shape(c, B * T, info);
+    gpu_moe_gate_up<F>(a->expert_gate_up, norm, matrix<F>(g, w->experts), &a->routing, &moe, &net<F>.work.moe);
+}
+
+template <typename F>
+static double gpu_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info) {
+    Model *g = m->twin;
+    GpuScratch<F> *s = &net<F>.work;
+    const int64_t N = B * T;
+    gpu_layers_forward<F>(m, tokens, B, T, info);
+    gpu_head_loss<F>(g, targets, N, info);
+    for (int l = g->config.num_hidden_layers - 1; l >= 0; l--) {
+        gpu_layer_again<F>(g, l, B, T, info);
+        gpu_ffn_layer_backward<F>(g, l, B, T, info);
+        gpu_attention_layer_backward<F>(g, l, B, T, info);
+    }
+    dropout_backward(s->dx, s->dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));      // in place
+    gpu_embed_backward<F>(g, tokens, N);
+    return mean_loss(s->loss, N);
+}
+
+double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info) {
+    return m->loss = is_bf16(&m->config) ? gpu_forward_backward<bf16>(m, tokens, targets, B, T, info) : gpu_forward_backward<float>(m, tokens, targets, B, T, info);
+}
+
+template <typename F>
+static void fetch_outputs(float *outputs, const Config *c, int64_t n) {
+    const int64_t C = c->hidden_size;
+    for (int64_t l = 0; l <= c->num_hidden_layers; l++)
+        fetch_rows(outputs + l * n * C, l < c->num_hidden_layers ? net<F>.acts[l].x : net<F>.acts[l - 1].out, n, C, C);
 }
 
 int device_bad_layer(const Model *m, int64_t n) {
     Model look = *m;        // the outputs, fetched for once
     const int64_t size = n * m->config.hidden_size, L = m->config.num_hidden_layers;
     float *outputs = (float *)xmalloc((size_t)((L + 1) * size) * sizeof(float));
+    if (is_bf16(&m->config)) fetch_outputs<bf16>(outputs, &m->config, n);
+    else fetch_outputs<float>(outputs, &m->config, n);
     look.acts = (LayerActs *)xcalloc((size_t)L, sizeof(LayerActs));
-    for (int64_t l = 0; l <= L; l++) {
-        to_host(outputs + l * size, l < L ? m->twin->acts[l].x : m->twin->acts[l - 1].out, size * (int64_t)sizeof(float));
-        if (l < L) look.acts[l].x = outputs + l * size, look.acts[l].out = outputs + (l + 1) * size;
-    }
+    for (int64_t l = 0; l < L; l++) look.acts[l].x = outputs + l * size, look.acts[l].out = outputs + (l + 1) * size;
     const int layer = model_bad_layer(&look, n);
     free(outputs);
     free(look.acts);
@@ -1586,32 +2596,36 @@ __global__ void square_sums_kernel(double *sums, const float *x, int64_t n) {
 double device_grad_norm(const Model *m) {
     const int64_t chunks = (m->num_elements + SUM_CHUNK - 1) / SUM_CHUNK;
     double *sums = (double *)xmalloc((size_t)chunks * sizeof(double)), total = 0;
-    square_sums_kernel<<<(unsigned)chunks, THREADS>>>(scratch.norm_sums, m->twin->grads, m->num_elements);
+    double *place = is_bf16(&m->config) ? net<bf16>.work.norm_sums : net<float>.work.norm_sums;
+    square_sums_kernel<<<(unsigned)chunks, THREADS>>>(place, m->twin->grads, m->num_elements);
     LAUNCHED();
-    to_host(sums, scratch.norm_sums, chunks * (int64_t)sizeof(double));
+    to_host(sums, place, chunks * (int64_t)sizeof(double));
     for (int64_t i = 0; i < chunks; i++) total += sums[i];
     free(sums);
     return sqrt(total);
 }
 
-typedef struct AdamStep { float b1, b2, eps, clip, rate, inverse, shrink; } AdamStep;
+typedef struct AdamStep { float b1, b2, eps, clip, rate, inverse, shrink; int stochastic; } AdamStep;
 
-__global__ void adamw_kernel(float *w, float *am, float *av, const float *grad, int64_t n, AdamStep a) {
+// `copy`: the weights in bf16, or NULL; `place` is where w lies among all weights.
+__global__ void adamw_kernel(float *w, bf16 *copy, float *am, float *av, const float *grad, int64_t place, int64_t n, AdamStep a) {
     const int64_t i = global_thread();
     if (i >= n) return;
     const float g = grad[i] * a.clip;
     am[i] = a.b1 * am[i] + (1 - a.b1) * g;
     av[i] = a.b2 * av[i] + (1 - a.b2) * g * g;
     w[i] -= a.rate * am[i] / (sqrtf(av[i] * a.inverse) + a.eps) + a.shrink * w[i];
+    if (copy) copy[i] = round_weight(w[i], place + i, a.stochastic);
 }
 
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const Model *g = m->twin;
-    AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0};
+    AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0, m->stochastic_rounding};
     for (int i = 0; i < m->num_params; i++) {
         const Param *p = &m->params[i];
+        bf16 *copy = is_bf16(&m->config) ? net<bf16>.weights + p->offset : NULL;
         a.shrink = (float)(param_decays(p) ? lr * decay : 0);
-        adamw_kernel<<<grid(p->count, THREADS), THREADS>>>(g->weights + p->offset, g->adam_m + p->offset, g->adam_v + p->offset, g->grads + p->offset, p->count, a);
+        adamw_kernel<<<grid(p->count, THREADS), THREADS>>>(g->weights + p->offset, copy, g->adam_m + p->offset, g->adam_v + p->offset, g->grads + p->offset, p->offset, p->count, a);
         LAUNCHED();
     }
     CUDA(cudaDeviceSynchronize());      // so that a step's time is its own

@@ -6,6 +6,7 @@
 #include "../train_nsa.cu"
 
 static int passed = 0, failed = 0;
+static const char *only;        // an argument: cases whose name has it
 
 __attribute__((format(printf, 2, 3)))
 static void check(int ok, const char *fmt, ...) {
@@ -50,12 +51,20 @@ typedef struct Case {
     int64_t B, T;
     int recompute;
     double dropout;
+    int bf16;
 } Case;
+
+// How far the two may be apart: f32 sums in another order, bf16 rounds every activation to 8 bits.
+typedef struct Limits { double loss, gradient, logits; } Limits;
+static Limits limits_of(const Case *x) {
+    const Limits f32 = {1e-4, 1e-4, 1e-4}, low = {2e-3, 8e-2, 8e-2};
+    return x->bf16 ? low : f32;
+}
 
 typedef struct Pair {
     Model cpu, gpu;
     int *tokens, *targets;
-    int **block_idx;
+    int **block_idx, **experts;     // what the CPU chose, in the GPU's memory
 } Pair;
 
 static Config tiny(void) {
@@ -79,6 +88,7 @@ static void pair_make(Pair *p, const Case *x) {
     Config c = x->config;
     char err[ERR_LEN];
     config_complete(&c);
+    c.torch_dtype = x->bf16 ? DTYPE_BF16 : DTYPE_F32;
     memset(p, 0, sizeof *p);
     if (config_validate(&c, err) < 0) die(1, "%s: %s", x->name, err);
     model_create(&p->cpu, &c);
@@ -92,6 +102,7 @@ static void pair_make(Pair *p, const Case *x) {
     p->tokens = (int *)xmalloc((size_t)(x->B * x->T) * sizeof(int));
     p->targets = (int *)xmalloc((size_t)(x->B * x->T) * sizeof(int));
     p->block_idx = (int **)xcalloc((size_t)c.num_hidden_layers, sizeof(int *));
+    p->experts = (int **)xcalloc((size_t)c.num_hidden_layers, sizeof(int *));
     for (int64_t i = 0; i < x->B * x->T; i++) {
         p->tokens[i] = (int)rng_below(&rng, (uint64_t)c.vocab_size);
         p->targets[i] = (int)rng_below(&rng, (uint64_t)c.vocab_size);
@@ -99,24 +110,53 @@ static void pair_make(Pair *p, const Case *x) {
 }
 
 static void pair_free(Pair *p) {
-    for (int l = 0; l < p->cpu.config.num_hidden_layers; l++) CUDA(cudaFree(p->block_idx[l]));
+    for (int l = 0; l < p->cpu.config.num_hidden_layers; l++) {
+        CUDA(cudaFree(p->block_idx[l]));
+        CUDA(cudaFree(p->experts[l]));
+    }
     device_free(&p->gpu);
     model_free(&p->cpu);
     model_free(&p->gpu);
     free(p->block_idx);
+    free(p->experts);
     free(p->tokens);
     free(p->targets);
 }
 
+// Where the GPU keeps what a layer chose.
+static const int *block_idx_of(const Model *m, int layer) {
+    return is_bf16(&m->config) ? net<bf16>.acts[layer].block_idx : net<float>.acts[layer].block_idx;
+}
+
 static int64_t idx_count(const Case *x, const Config *c) { return x->B * x->T * c->num_key_value_heads * c->sel_blocks; }
+
+// From the CPU's last forward pass to the GPU's next ones.
+static void give_choices(Pair *p, const Case *x) {
+    const Config *c = &p->cpu.config;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        const int64_t blocks = idx_count(x, c) * (int64_t)sizeof(int), experts = x->B * x->T * c->num_experts_per_tok * (int64_t)sizeof(int);
+        if (!layer_is_full(c, l)) {
+            if (!p->block_idx[l]) p->block_idx[l] = (int *)device_malloc(blocks);
+            to_device(p->block_idx[l], p->cpu.acts[l].block_idx, blocks);
+        }
+        if (layer_is_moe(c, l)) {
+            if (!p->experts[l]) p->experts[l] = (int *)device_malloc(experts);
+            to_device(p->experts[l], p->cpu.acts[l].routing.choice, experts);
+        }
+    }
+    given_block_idx = p->block_idx;
+    given_experts = c->num_experts ? p->experts : NULL;
+}
 
 static int64_t choices, other_choices;      // of all cases: what the GPU by itself chose as the CPU did not
 
 static void test_case(const Case *x) {
     Pair p;
+    if (only && !strstr(x->name, only)) return;
     pair_make(&p, x);
     const Config *c = &p.cpu.config;
     const int64_t N = x->B * x->T, V = c->vocab_size, n = p.cpu.num_elements;
+    const Limits limits = limits_of(x);
     StepInfo info = {x->dropout, 11, 3, 2, 0.5};
 
     // The GPU's own choice, then the CPU's for both.
@@ -130,20 +170,18 @@ static void test_case(const Case *x) {
         const int64_t count = idx_count(x, c);
         if (x->recompute < 2) {
             int *own = (int *)xmalloc((size_t)count * sizeof(int));
-            to_host(own, p.gpu.twin->acts[l].block_idx, count * (int64_t)sizeof(int));
+            to_host(own, block_idx_of(&p.gpu, l), count * (int64_t)sizeof(int));
             choices += count;
             for (int64_t i = 0; i < count; i++) other_choices += own[i] != p.cpu.acts[l].block_idx[i];
             free(own);
         }
-        p.block_idx[l] = (int *)device_malloc(count * (int64_t)sizeof(int));
-        to_device(p.block_idx[l], p.cpu.acts[l].block_idx, count * (int64_t)sizeof(int));
     }
-    given_block_idx = p.block_idx;
+    give_choices(&p, x);
     device_zero_grads(&p.gpu);
     const double gpu_loss = device_forward_backward(&p.gpu, p.tokens, p.targets, x->B, x->T, &info);
-    check(fabs(gpu_loss - cpu_loss) < 1e-4 * fabs(cpu_loss), "%s: loss %.8f, CPU %.8f", x->name, gpu_loss, cpu_loss);
-    check(fabs(p.gpu.moe_z - cpu_z) <= 1e-4 * fabs(cpu_z), "%s: z loss %.8g, CPU %.8g", x->name, p.gpu.moe_z, cpu_z);
-    check(fabs(p.gpu.moe_balance - cpu_balance) <= 1e-4 * fabs(cpu_balance), "%s: balance loss %.8g, CPU %.8g", x->name, p.gpu.moe_balance, cpu_balance);
+    check(fabs(gpu_loss - cpu_loss) < limits.loss * fabs(cpu_loss), "%s: loss %.8f, CPU %.8f", x->name, gpu_loss, cpu_loss);
+    check(fabs(p.gpu.moe_z - cpu_z) <= limits.gradient * fabs(cpu_z), "%s: z loss %.8g, CPU %.8g", x->name, p.gpu.moe_z, cpu_z);
+    check(fabs(p.gpu.moe_balance - cpu_balance) <= limits.gradient * fabs(cpu_balance), "%s: balance loss %.8g, CPU %.8g", x->name, p.gpu.moe_balance, cpu_balance);
 
     float *grads = (float *)xmalloc((size_t)n * sizeof(float)), *again = (float *)xmalloc((size_t)n * sizeof(float));
     to_host(grads, p.gpu.twin->grads, n * (int64_t)sizeof(float));
@@ -154,10 +192,10 @@ static void test_case(const Case *x) {
         // A query that sees one key has exactly no gradient through its scores; what is left of it is rounding on both sides.
         const int nothing = norm_of(grads + t->offset, t->count) < 1e-6 * all && norm_of(p.cpu.grads + t->offset, t->count) < 1e-6 * all;
         const double e = nothing ? 0 : error_of(grads + t->offset, p.cpu.grads + t->offset, t->count, 1e-6 * all);
-        check(e < 1e-4, "%s: gradient of %s: error %.2e", x->name, t->name, e);
+        check(e < limits.gradient, "%s: gradient of %s: error %.2e", x->name, t->name, e);
         worst = fmax(worst, e);
     }
-    check(fabs(device_grad_norm(&p.gpu) - all) < 1e-4 * all, "%s: gradient norm %.8g, CPU %.8g", x->name, device_grad_norm(&p.gpu), all);
+    check(fabs(device_grad_norm(&p.gpu) - all) < limits.gradient * all, "%s: gradient norm %.8g, CPU %.8g", x->name, device_grad_norm(&p.gpu), all);
 
     // The same call, the same bits.
     device_zero_grads(&p.gpu);
@@ -166,30 +204,28 @@ static void test_case(const Case *x) {
     check(memcmp(grads, again, (size_t)n * sizeof(float)) == 0, "%s: gradients differ from run to run", x->name);
 
     // Logits of an evaluation, all and last; and what it logs.
-    given_block_idx = NULL;
+    given_block_idx = given_experts = NULL;
     float *a = (float *)xmalloc((size_t)(N * V) * sizeof(float)), *b = (float *)xmalloc((size_t)(N * V) * sizeof(float));
     model_stats_reset(&p.cpu);
     model_stats_reset(&p.gpu);
     model_logits(&p.cpu, p.tokens, x->B, x->T, a, 0);
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        if (p.block_idx[l]) to_device(p.block_idx[l], p.cpu.acts[l].block_idx, idx_count(x, c) * (int64_t)sizeof(int));
-    given_block_idx = p.block_idx;
+    give_choices(&p, x);
     device_logits(&p.gpu, p.tokens, x->B, x->T, b, 0);
     const double e = error_of(b, a, N * V, 0);
-    check(e < 1e-4, "%s: logits: error %.2e", x->name, e);
+    check(e < limits.logits, "%s: logits: error %.2e", x->name, e);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         for (int branch = 0; branch < BRANCHES; branch++) {
             const double cpu = p.cpu.gate_sum[l * BRANCHES + branch], gpu_sum = p.gpu.gate_sum[l * BRANCHES + branch];
-            check(fabs(cpu - gpu_sum) <= 1e-4 * fabs(cpu), "%s: gates of layer %d: %g, CPU %g", x->name, l, gpu_sum, cpu);
+            check(fabs(cpu - gpu_sum) <= limits.logits * fabs(cpu), "%s: gates of layer %d: %g, CPU %g", x->name, l, gpu_sum, cpu);
         }
-        for (int i = 0; i < c->num_experts; i++)
+        for (int i = 0; i < c->num_experts && !x->bf16; i++)
             check(p.cpu.moe_load[l * c->num_experts + i] == p.gpu.moe_load[l * c->num_experts + i], "%s: load of expert %d", x->name, i);
     }
     device_logits(&p.gpu, p.tokens, x->B, x->T, a, 1);
     for (int64_t i = 0; i < x->B; i++)
-        check(memcmp(a + i * V, b + ((i + 1) * x->T - 1) * V, (size_t)V * sizeof(float)) == 0 || error_of(a + i * V, b + ((i + 1) * x->T - 1) * V, V, 0) < 1e-5,
+        check(memcmp(a + i * V, b + ((i + 1) * x->T - 1) * V, (size_t)V * sizeof(float)) == 0 || error_of(a + i * V, b + ((i + 1) * x->T - 1) * V, V, 0) < 0.1 * limits.logits,
               "%s: the last logits alone", x->name);
-    given_block_idx = NULL;
+    given_block_idx = given_experts = NULL;
     printf("%-26s loss %.6f, worst gradient %.1e, logits %.1e\n", x->name, gpu_loss, worst, e);
     free(grads);
     free(again);
@@ -198,9 +234,11 @@ static void test_case(const Case *x) {
     pair_free(&p);
 }
 
-static void test_cases(void) {
+static void test_cases(int bf16) {
     Config c = tiny(), d;
-    Case x = {"nsa", c, 2, 75, 0, 0};
+    Case x = {"nsa", c, 2, 75, 0, 0, bf16};
+    printf("--- %s\n", bf16 ? "bf16" : "f32");
+    choices = other_choices = 0;
     test_case(&x);
     const char *kinds[] = {"mlp", "grouped_mlp", "conv1d", "avgpool"}, *gates[] = {"input", "q_cond", "static"};
     for (int kind = 0; kind < COMPRESS_COUNT; kind++)
@@ -222,6 +260,8 @@ static void test_cases(void) {
     x.recompute = 0;
     CASE("one key head", d.num_key_value_heads = 1);
     CASE("every head its own keys", d.num_key_value_heads = 4);
+    CASE("heads of 64", d.head_dim = 64);
+    CASE("heads of 128, group of 8", { d.head_dim = 128; d.num_attention_heads = 8; d.num_key_value_heads = 1; });
     CASE("heads 64, values 128", { d.head_dim = 64; d.v_head_dim = 128; });
     CASE("heads 192, values 128", { d.head_dim = 192; d.v_head_dim = 128; });
     CASE("odd sizes", { d.hidden_size = 37; d.head_dim = 10; d.v_head_dim = 7; d.intermediate_size = 53; d.vocab_size = 131; });
@@ -245,11 +285,12 @@ static void test_cases(void) {
     CASE("moe", { d.num_experts = 5; d.num_experts_per_tok = 2; d.num_shared_experts = 1; });
     CASE("moe, 1 of 4, not shared", { d.num_experts = 4; d.num_experts_per_tok = 1; });
     CASE("moe, dense first layer", { d.num_experts = 6; d.num_experts_per_tok = 3; d.num_shared_experts = 2; d.first_dense_layers = 1; x.dropout = 0.2; });
-    CASE("moe, capacity 0.7", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 0.7; });
+    if (!bf16)      // which of two nearly equal shares is dropped hangs on the rounding
+        CASE("moe, capacity 0.7", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 0.7; });
     CASE("moe, capacity, recompute", { d.num_experts = 5; d.num_experts_per_tok = 2; d.capacity_factor = 1; x.recompute = 2; });
     x.recompute = 0;
 #undef CASE
-    check(other_choices * 1000 <= choices, "the GPU chose %" PRId64 " of %" PRId64 " blocks otherwise", other_choices, choices);
+    check(bf16 || other_choices * 1000 <= choices, "the GPU chose %" PRId64 " of %" PRId64 " blocks otherwise", other_choices, choices);
     printf("blocks that the GPU chose otherwise: %" PRId64 " of %" PRId64 "\n", other_choices, choices);
 }
 
@@ -257,9 +298,10 @@ static void test_cases(void) {
 // Ten training steps side by side, each side with its own choices: losses to 1e-4
 
 static void test_training(const char *name, Config config) {
-    const Case x = {name, config, 3, 64, 0, 0.1};
+    const Case x = {name, config, 3, 64, 0, 0.1, 0};
     const double gate_init[BRANCHES] = {-2, -2, 2};
     Pair p;
+    if (only && !strstr(name, only)) return;
     pair_make(&p, &x);
     model_init(&p.cpu, 5, gate_init);
     memcpy(p.gpu.weights, p.cpu.weights, (size_t)p.cpu.num_elements * sizeof(real));
@@ -283,10 +325,13 @@ static void test_training(const char *name, Config config) {
     pair_free(&p);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     Config c = tiny();
+    only = argc > 1 ? argv[1] : NULL;
+    setvbuf(stdout, NULL, _IOLBF, 0);
     device_open();
-    test_cases();
+    test_cases(0);
+    test_cases(1);
     test_training("ten steps, nsa", c);
     c.attention = ATTENTION_FULL;
     test_training("ten steps, full", c);
