@@ -144,14 +144,14 @@ NVCC_ALL = -std=c++17 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP)
 
 train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # versions of one computation, checked and timed: build/experts, build/experts bench
-build/experts: dev/cuda/experts.cu grouped.cuh train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
+build/experts: dev/cuda/experts.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # the GPU against the CPU
 test-gpu: train_nsa train_nsacu build/test_nsa_cu
@@ -171,7 +171,7 @@ build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
-build/experts_emulated: build/emulated/dev/cuda/experts.cu build/emulated/grouped.cuh $(TRANSLATED)
+build/experts_emulated: build/emulated/dev/cuda/experts.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
 test-gpu-emulated: train_nsa build/train_nsacu_emulated build/test_nsa_cu_emulated
 	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated test/gpu.sh

@@ -1,10 +1,11 @@
 /*
 Matrix products of a mixture of experts: each expert has its own weights and as many rows as the router sent it.
 
-    version 1   one cuBLAS product an expert; the host waits to learn how many rows each has
-    version 2   one launch for all experts (grouped.cuh); the host never learns it
+    version 1   an expert after the other: its rows gathered, a cuBLAS product, its rows scattered; the host waits to learn how
+                many rows each has. Here, where it is easier to follow than what replaced it
+    version 2   one launch for all experts; the host never learns it. In train_nsa.cu
 
-    make build/experts && build/experts            checks version 2 against plain loops and against the CPU's mixture
+    make build/experts && build/experts            checks both against the CPU's mixture, and version 2's products against plain loops
     build/experts bench [N C F E k]                times both: tokens, model width, width of an expert, experts, of them each token's
     make build/experts_emulated && build/experts_emulated      the check without a GPU
 
@@ -13,8 +14,118 @@ SPDX-License-Identifier: MIT
 
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
-#include <cuda_bf16.h>
-#include "../../grouped.cuh"
+
+// ----------------------------------------------------------------------------
+// Version 1
+
+template <typename F>
+__global__ void gather_rows_kernel(F *out, const F *x, const int *rows, int64_t n, int64_t c, int k) {
+    const int64_t item = global_thread();
+    if (item < n * c) out[item] = x[rows[item / c] / k * c + item % c];
+}
+
+// out[token] += weight · y, or with weight NULL += y; a token is at most once among the rows.
+template <typename F>
+__global__ void scatter_rows_kernel(F *out, const F *y, const float *weight, const int *rows, int64_t n, int64_t c, int k) {
+    const int64_t item = global_thread();
+    if (item >= n * c) return;
+    const int row = rows[item / c];
+    F *to = out + row / k * c + item % c;
+    *to = (F)((float)*to + (weight ? weight[row] : 1) * (float)y[item]);
+}
+
+// dweight[row] = <dh, h>; then dy and dh carry the share's weight.
+template <typename F>
+__global__ void moe_dweight_kernel(float *dweight, F *dy, F *dh, const F *h, const float *weight, const int *rows, int64_t n, int64_t c, int64_t f) {
+    const int64_t i = global_warp();
+    if (i >= n) return;
+    const int row = rows[i];
+    float sum = 0;
+    for (int64_t j = lane(); j < f; j += WARP) sum += (float)dh[i * f + j] * (float)h[i * f + j];
+    sum = warp_sum(sum);
+    if (lane() == 0) dweight[row] = sum;
+    for (int64_t j = lane(); j < c; j += WARP) dy[i * c + j] = (F)((float)dy[i * c + j] * weight[row]);
+    for (int64_t j = lane(); j < f; j += WARP) dh[i * f + j] = (F)((float)dh[i * f + j] * weight[row]);
+}
+
+template <typename F>
+static void gather_rows(F *out, const F *x, const int *rows, int64_t n, int64_t c, int k) {
+    gather_rows_kernel<<<grid(n * c, THREADS), THREADS>>>(out, x, rows, n, c, k);
+    LAUNCHED();
+}
+
+template <typename F>
+static void scatter_rows(F *out, const F *y, const float *weight, const int *rows, int64_t n, int64_t c, int k) {
+    scatter_rows_kernel<<<grid(n * c, THREADS), THREADS>>>(out, y, weight, rows, n, c, k);
+    LAUNCHED();
+}
+
+// One expert's; it has no more rows than there are tokens.
+template <typename F>
+struct ExpertScratch {
+    F *rows, *y, *h, *dh;       // (N,C), (N,C), (N,F), (N,F); y is of the output or its gradient, then of the rows' gradient
+};
+
+template <typename F>
+static void carve_expert_scratch(ExpertScratch<F> *m, const MoeShape *s, Carver *memory) {
+    carve(memory, &m->rows, s->N * s->C);
+    carve(memory, &m->y, s->N * s->C);
+    carve(memory, &m->h, s->N * s->F);
+    carve(memory, &m->dh, s->N * s->F);
+}
+
+// work(e, from, n) for each expert that has rows: n of them, from `from` on. The host asks, and waits for the answer.
+template <typename Work>
+static void each_expert(const Routing *r, const MoeShape *s, Work work) {
+    int64_t *start = (int64_t *)xmalloc((size_t)(s->E + 1) * sizeof(int64_t));
+    to_host(start, r->start, (s->E + 1) * (int64_t)sizeof(int64_t));
+    for (int e = 0; e < s->E; e++)
+        if (start[e] < start[e + 1]) work(e, start[e], start[e + 1] - start[e]);
+    free(start);
+}
+
+// out (N,C) += Σ_e w_e·expert_e(x), x (N,C); gate_up (N·k,2F), rows sorted by expert, is kept for backward.
+template <typename F>
+static void gpu_moe_forward1(F *out, F *gate_up, const F *x, const F *experts, const Routing *r, const MoeShape *s, const ExpertScratch<F> *m) {
+    const int64_t C = s->C, Fe = s->F;
+    each_expert(r, s, [&](int e, int64_t from, int64_t n) {
+        const int *list = r->row_token + from;
+        const F *w_gate_up = experts + e * 3 * Fe * C, *w_down = w_gate_up + 2 * Fe * C;
+        F *a = gate_up + from * 2 * Fe;
+        gather_rows(m->rows, x, list, n, C, s->k);
+        gpu_linear_forward(a, 2 * Fe, m->rows, C, w_gate_up, n, C, 2 * Fe);
+        gpu_swiglu_forward(m->h, a, n, Fe);
+        gpu_linear_forward(m->y, C, m->h, Fe, w_down, n, Fe, C);
+        scatter_rows(out, m->y, r->weight, list, n, C, s->k);
+    });
+}
+
+// dx (N,C) +=, dexperts +=, dweight (N·k) for router_backward_kernel; gate_up becomes its gradient.
+template <typename F>
+static void gpu_moe_backward1(F *dx, float *dexperts, float *dweight, const F *dout, F *gate_up, const F *x, const F *experts,
+                              const Routing *r, const MoeShape *s, const ExpertScratch<F> *m) {
+    const int64_t C = s->C, Fe = s->F;
+    device_zero(dweight, s->N * s->k * (int64_t)sizeof(float));         // a dropped share has no gradient
+    each_expert(r, s, [&](int e, int64_t from, int64_t n) {
+        const int *list = r->row_token + from;
+        const F *w_gate_up = experts + e * 3 * Fe * C, *w_down = w_gate_up + 2 * Fe * C;
+        float *dw_gate_up = dexperts + e * 3 * Fe * C, *dw_down = dw_gate_up + 2 * Fe * C;
+        F *a = gate_up + from * 2 * Fe;
+        gather_rows(m->rows, x, list, n, C, s->k);
+        gather_rows(m->y, dout, list, n, C, s->k);
+        gpu_swiglu_forward(m->h, a, n, Fe);
+        gemm(n, Fe, C, m->y, C, 0, w_down, Fe, 0, m->dh, Fe, 0);
+        moe_dweight_kernel<<<grid(n, WARPS), THREADS>>>(dweight, m->y, m->dh, m->h, r->weight, list, n, C, Fe);
+        LAUNCHED();
+        gemm(C, Fe, n, m->y, C, 1, m->h, Fe, 0, dw_down, Fe, 1);
+        gpu_swiglu_backward(a, m->h, m->dh, n, Fe);
+        gpu_linear_backward(m->y, C, dw_gate_up, a, 2 * Fe, m->rows, C, w_gate_up, n, C, 2 * Fe, 0);
+        scatter_rows(dx, m->y, NULL, list, n, C, s->k);
+    });
+}
+
+// ----------------------------------------------------------------------------
+// Numbers to check with
 
 static int passed = 0, failed = 0;
 static const char *what = "";       // is checked
@@ -212,40 +323,44 @@ static void check_products(const MoeShape *s, const Routing *r, const Routing *o
 // ----------------------------------------------------------------------------
 // The mixture, forward and backward, against the CPU's
 
-// What a mixture makes: out, gate_up, dx, dexperts, dweight.
-enum { RESULTS = 5 };
-static const char *result_names[RESULTS] = {"out", "gate_up", "dx", "dexperts", "dweight"};
+// What a mixture makes. The gradient of gate_up takes its place, and is not kept by the CPU: version 2's is checked against 1's.
+enum { OUT, GATE_UP, DX, DEXPERTS, DWEIGHT, DGATE_UP, RESULTS };
+static const char *result_names[RESULTS] = {"out", "gate_up", "dx", "dexperts", "dweight", "dgate_up"};
+
+// A scratch of type Scratch, full of NaN.
+template <typename Scratch, typename Carve>
+static void *scratch_of_nan(Scratch *m, const MoeShape *s, Carve carve_all) {
+    Carver memory = {NULL, 0};
+    carve_all(m, s, &memory);
+    const int64_t bytes = memory.used;
+    memory = {(char *)device_malloc(bytes), 0};
+    CUDA(cudaMemset(memory.memory, 0xff, (size_t)bytes));
+    carve_all(m, s, &memory);
+    return memory.memory;
+}
 
 template <typename F>
 static void run_mixture(float *results[RESULTS], const int64_t sizes[RESULTS], const float *x, const float *experts, const float *dout, const Routing *r, const MoeShape *s, int version) {
-    const int64_t N = s->N, C = s->C, weights = s->E * 3 * s->F * C;
-    float *ones = host_numbers(max64(weights, N * C));
-    for (int64_t i = 0; i < max64(weights, N * C); i++) ones[i] = 1;        // out, dx, dexperts are added to
-    F *gx = upload<F>(x, N * C), *gw = upload<F>(experts, weights), *gdout = upload<F>(dout, N * C), *out = upload<F>(ones, N * C), *dx = upload<F>(ones, N * C);
-    F *gate_up = (F *)device_malloc(sizes[1] * (int64_t)sizeof(F));
-    float *dw = upload<float>(ones, weights), *dweight;
-    MoeScratch<F> m;
-    const int64_t bytes = max64(moe_scratch2(&m, s, 1, NULL), gpu_moe_scratch(s) * (int64_t)sizeof(float));
-    void *scratch = device_malloc(bytes);
-    CUDA(cudaMemset(scratch, 0xff, (size_t)bytes));
-    if constexpr (sizeof(F) == 4) {
-        if (version == 1) {
-            gpu_moe_forward(out, gate_up, gx, gw, r, s, (float *)scratch);
-            dweight = gpu_moe_backward(dx, dw, gdout, gate_up, gx, gw, r, s, (float *)scratch);
-        }
-    }
-    if (version == 2) {
-        void *less = device_malloc(moe_scratch2(&m, s, 0, NULL));       // forward keeps to its own
-        gpu_moe_forward2(out, gate_up, gx, gw, r, s, less);
-        dweight = gpu_moe_backward2(dx, dw, gdout, gate_up, gx, gw, r, s, scratch);
-        CUDA(cudaFree(less));
-    }
-    results[0] = download(out, sizes[0]);
-    results[1] = download(gate_up, sizes[1]);
-    results[2] = download(dx, sizes[2]);
-    results[3] = download(dw, sizes[3]);
-    results[4] = download(dweight, sizes[4]);
-    void *device[] = {gx, gw, gdout, out, dx, gate_up, dw, scratch};
+    const int64_t most = max64(max64(sizes[DEXPERTS], sizes[DX]), sizes[DWEIGHT]);
+    float *ones = host_numbers(most);
+    for (int64_t i = 0; i < most; i++) ones[i] = 1;        // out, dx, dexperts are added to, dweight is not
+    const F *gx = upload<F>(x, sizes[DX]), *gw = upload<F>(experts, sizes[DEXPERTS]), *gdout = upload<F>(dout, sizes[OUT]);
+    F *out = upload<F>(ones, sizes[OUT]), *dx = upload<F>(ones, sizes[DX]), *gate_up = (F *)device_malloc(sizes[GATE_UP] * (int64_t)sizeof(F));
+    float *dw = upload<float>(ones, sizes[DEXPERTS]), *dweight = upload<float>(ones, sizes[DWEIGHT]);
+    ExpertScratch<F> one;
+    MoeScratch<F> all;
+    void *scratch = version == 1 ? scratch_of_nan(&one, s, carve_expert_scratch<F>) : scratch_of_nan(&all, s, carve_moe_scratch<F>);
+    if (version == 1) gpu_moe_forward1(out, gate_up, gx, gw, r, s, &one);
+    else gpu_moe_forward(out, gate_up, gx, gw, r, s, &all);
+    results[GATE_UP] = download(gate_up, sizes[GATE_UP]);
+    if (version == 1) gpu_moe_backward1(dx, dw, dweight, gdout, gate_up, gx, gw, r, s, &one);
+    else gpu_moe_backward(dx, dw, dweight, gdout, gate_up, gx, gw, r, s, &all);
+    results[OUT] = download(out, sizes[OUT]);
+    results[DX] = download(dx, sizes[DX]);
+    results[DEXPERTS] = download(dw, sizes[DEXPERTS]);
+    results[DWEIGHT] = download(dweight, sizes[DWEIGHT]);
+    results[DGATE_UP] = download(gate_up, sizes[DGATE_UP]);
+    void *device[] = {(void *)gx, (void *)gw, (void *)gdout, out, dx, gate_up, dw, dweight, scratch};
     for (void *p : device) CUDA(cudaFree(p));
     free(ones);
 }
@@ -258,30 +373,31 @@ template <typename F>
 static void check_mixture(const MoeShape *s, const Routing *r, const Routing *on_gpu) {
     const double limit = sizeof(F) == 4 ? 1e-5 : 1e-2;
     const int64_t N = s->N, C = s->C, weights = s->E * 3 * s->F * C, rows = r->start[s->E];
-    const int64_t sizes[RESULTS] = {N * C, N * s->k * 2 * s->F, N * C, weights, N * s->k};
+    const int64_t sizes[RESULTS] = {N * C, N * s->k * 2 * s->F, N * C, weights, N * s->k, N * s->k * 2 * s->F};
     float *x = random_numbers<F>(N * C, 1, 21), *experts = random_numbers<F>(weights, 0.3f, 22), *dout = random_numbers<F>(N * C, 1, 23);
     float *want[RESULTS], *got[RESULTS], *again[RESULTS], *dprobs = host_numbers(N * s->E), *scratch = host_numbers(moe_scratch(s));
     for (int i = 0; i < RESULTS; i++) want[i] = host_numbers(sizes[i]);
-    for (int i = 0; i < RESULTS; i += i == 0 ? 2 : 1)
-        for (int64_t j = 0; j < sizes[i] && i < 4; j++) want[i][j] = 1;
-    moe_forward(want[0], want[1], x, experts, r, s, scratch);
-    moe_backward(want[2], want[3], dprobs, dout, want[1], x, experts, r, s, scratch);
-    memcpy(want[4], scratch + N * (2 * C + 4 * s->F), (size_t)sizes[4] * sizeof(float));
+    for (int i : {OUT, DX, DEXPERTS})
+        for (int64_t j = 0; j < sizes[i]; j++) want[i][j] = 1;
+    moe_forward(want[OUT], want[GATE_UP], x, experts, r, s, scratch);
+    moe_backward(want[DX], want[DEXPERTS], dprobs, dout, want[GATE_UP], x, experts, r, s, scratch);
+    memcpy(want[DWEIGHT], scratch + N * (2 * C + 4 * s->F), (size_t)sizes[DWEIGHT] * sizeof(float));
 
-    run_mixture<F>(got, sizes, x, experts, dout, on_gpu, s, 2);
-    run_mixture<F>(again, sizes, x, experts, dout, on_gpu, s, 2);
-    for (int i = 0; i < RESULTS; i++) {
-        const int64_t n = i == 1 ? rows * 2 * s->F : sizes[i];
-        check_error(result_names[i], error_of(got[i], want[i], n), limit);
-        check_error("the same bits again", memcmp(got[i], again[i], (size_t)n * sizeof(float)) != 0, 0);
-    }
-    free_results(again);
-    if (sizeof(F) == 4) {
-        run_mixture<F>(again, sizes, x, experts, dout, on_gpu, s, 1);
-        for (int i = 0; i < RESULTS; i++) check_error("version 1 and 2", error_of(got[i], again[i], i == 1 ? rows * 2 * s->F : sizes[i]), limit);
+    for (int version = 1; version <= 2; version++) {
+        run_mixture<F>(got, sizes, x, experts, dout, on_gpu, s, version);
+        run_mixture<F>(again, sizes, x, experts, dout, on_gpu, s, version);
+        if (version == 1) memcpy(want[DGATE_UP], got[DGATE_UP], (size_t)sizes[DGATE_UP] * sizeof(float));
+        for (int i = 0; i < RESULTS; i++) {
+            const int64_t n = i == GATE_UP || i == DGATE_UP ? rows * 2 * s->F : sizes[i];
+            char name[100];
+            snprintf(name, sizeof name, "version %d, %s", version, result_names[i]);
+            if (version == 2 || i != DGATE_UP) check_error(name, error_of(got[i], want[i], n), limit);
+            snprintf(name, sizeof name, "version %d, %s, the same bits again", version, result_names[i]);
+            check_error(name, memcmp(got[i], again[i], (size_t)n * sizeof(float)) != 0, 0);
+        }
         free_results(again);
+        free_results(got);
     }
-    free_results(got);
     free_results(want);
     void *all[] = {x, experts, dout, dprobs, scratch};
     for (void *p : all) free(p);
@@ -376,54 +492,45 @@ static F *filled(int64_t n, float scale) {
     return x;
 }
 
-__global__ void gather_bf16_kernel(bf16 *out, const bf16 *x, const int *token, int64_t n, int64_t c) {
-    const int64_t item = global_thread();
-    if (item < n * c) out[item] = x[token[item / c] * c + item % c];
-}
-
-// c (m,n) = or += op(a) (m,k) · op(b) (k,n) of bf16, rows first; c of bf16, or of f32 where it is added to
-static void gemm_bf16(int64_t m, int64_t n, int64_t k, const bf16 *a, int turn_a, const bf16 *b, int turn_b, void *c, int add) {
-    const float one = 1, beta = add ? 1.0f : 0.0f;
-    if (m == 0 || k == 0) return;
-    CUBLAS(cublasGemmEx(cublas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N, turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)n, (int)m, (int)k, &one, b, CUDA_R_16BF, (int)(turn_b ? k : n),
-                        a, CUDA_R_16BF, (int)(turn_a ? m : k), &beta, c, add ? CUDA_R_32F : CUDA_R_16BF, (int)n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
 static int bench(const MoeShape *s) {
     Routing r;
     routing_make(&r, s, NONE);
     Routing on_gpu = routing_upload(&r, s);
     const int64_t N = s->N, C = s->C, OC = 2 * s->F, R = N * s->k, stride = 3 * s->F * C, weights = s->E * stride;
-    const Groups g = {on_gpu.start, s->E, R};
-    bf16 *x = filled<bf16>(N * C, 1), *w = filled<bf16>(weights, 0.05f), *out = filled<bf16>(R * OC, 1), *rows = filled<bf16>(R * C, 1), *dx = filled<bf16>(N * C, 1);
-    float *dw = filled<float>(weights, 0);
-    int *ints = (int *)device_malloc(2 * R * (int64_t)sizeof(int)), *token = ints + R;
-    int64_t *start = (int64_t *)xmalloc((size_t)(s->E + 1) * sizeof(int64_t));
-    MoeScratch<bf16> m;
-    void *scratch = device_malloc(moe_scratch2(&m, s, 1, NULL));
-    find_share_rows(ints, token, &on_gpu, s);
-    const auto each_expert = [&](auto work) {       // version 1: the host asks where each expert's rows are
-        to_host(start, on_gpu.start, (s->E + 1) * (int64_t)sizeof(int64_t));
-        for (int e = 0; e < s->E; e++) work(w + e * stride, dw + e * stride, start[e], start[e + 1] - start[e]);
-    };
-    const auto gather = [&](int64_t from, int64_t n) {
-        if (n > 0) gather_bf16_kernel<<<grid(n * C, THREADS), THREADS>>>(rows + from * C, x, token + from, n, C);
-    };
+    const Groups g = expert_groups(&on_gpu, s);
+    bf16 *out = filled<bf16>(R * OC, 1), *rows = filled<bf16>(R * C, 1), *dx = filled<bf16>(N * C, 1), *y = filled<bf16>(N * C, 1);
+    const bf16 *x = filled<bf16>(N * C, 1), *w = filled<bf16>(weights, 0.05f);
+    float *dw = filled<float>(weights, 0), *dweight = filled<float>(R, 0);
+    ExpertScratch<bf16> one;
+    MoeScratch<bf16> all;
+    void *scratch1 = scratch_of_nan(&one, s, carve_expert_scratch<bf16>), *scratch2 = scratch_of_nan(&all, s, carve_moe_scratch<bf16>);
+    find_share_rows(all.row_of, all.token, &on_gpu, s);
+    const int *token = all.token;
+    const auto gather = [&](int64_t from, int64_t n) { gather_rows(rows + from * C, x, on_gpu.row_token + from, n, C, s->k); };
     printf("%s: N %" PRId64 ", C %" PRId64 ", F %" PRId64 ", E %d, k %d, bf16\n", gpu.name, N, C, s->F, s->E, s->k);
     const double flop = 2.0 * (double)R * (double)C * (double)OC, w_bytes = 2.0 * (double)(s->E * OC * C), out_bytes = 2.0 * (double)(R * OC), bytes = w_bytes + out_bytes + 2.0 * (double)(N * C);
-    report("gate_up", 1, median_ms([&] { each_expert([&](bf16 *we, float *, int64_t from, int64_t n) { gather(from, n); gemm_bf16(n, OC, C, rows + from * C, 0, we, 1, out + from * OC, 0); }); }), flop, bytes);
+    report("gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(n, OC, C, rows + from * C, C, 0, w + e * stride, C, 1, out + from * OC, OC, 0); }); }), flop, bytes);
     report("gate_up", 2, median_ms([&] { grouped_forward(out, x, token, w, stride, C, OC, &g); }), flop, bytes);
-    report("dinp of gate_up", 1, median_ms([&] { each_expert([&](bf16 *we, float *, int64_t from, int64_t n) { gemm_bf16(n, C, OC, out + from * OC, 0, we, 0, rows + from * C, 0); }); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
-    report("dinp of gate_up", 2, median_ms([&] { grouped_dinp(rows, out, (const int *)NULL, w, stride, C, OC, &g); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
-    report("dweight of gate_up", 1, median_ms([&] { each_expert([&](bf16 *, float *dwe, int64_t from, int64_t n) { gather(from, n); gemm_bf16(OC, C, n, out + from * OC, 1, rows + from * C, 0, dwe, 1); }); }), flop, bytes + 3 * w_bytes);
-    report("dweight of gate_up", 2, median_ms([&] { grouped_dweight(dw, stride, out, (const int *)NULL, x, token, C, OC, &g); }), flop, bytes + 3 * w_bytes);
-    // what must be moved: the weights and gate_up, the tokens' rows; backward also reads and writes the gradients of the weights
-    const double small = 2.0 * 3 * (double)(N * C), all = 1.5 * w_bytes + out_bytes + small;
-    report("mixture, forward", 2, median_ms([&] { gpu_moe_forward2(dx, out, x, w, &on_gpu, s, scratch); }), 1.5 * flop, all);
-    report("mixture, backward", 2, median_ms([&] { gpu_moe_backward2(dx, dw, x, out, x, w, &on_gpu, s, scratch); }), 3 * flop, all + 6 * w_bytes + small);
-    void *device[] = {x, w, out, rows, dx, dw, ints, scratch};
+    report("dinp of gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gemm(n, C, OC, out + from * OC, OC, 0, w + e * stride, C, 0, rows + from * C, C, 0); }); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
+    report("dinp of gate_up", 2, median_ms([&] { grouped_dinp(rows, out, NULL, w, stride, C, OC, &g); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
+    report("dweight of gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(OC, C, n, out + from * OC, OC, 1, rows + from * C, C, 0, dw + e * stride, C, 1); }); }), flop, bytes + 3 * w_bytes);
+    report("dweight of gate_up", 2, median_ms([&] { grouped_dweight(dw, stride, out, NULL, x, token, C, OC, &g); }), flop, bytes + 3 * w_bytes);
+    // What must be moved: the weights and gate_up, the tokens' rows; backward also reads and writes the gradients of the weights.
+    // It takes gate_up's place: it is timed with a forward before it.
+    const double small = 2.0 * 3 * (double)(N * C), moved = 1.5 * w_bytes + out_bytes + small;
+    const auto forward = [&](int version) {
+        if (version == 1) gpu_moe_forward1(y, out, x, w, &on_gpu, s, &one);
+        else gpu_moe_forward(y, out, x, w, &on_gpu, s, &all);
+    };
+    for (int version = 1; version <= 2; version++) report("mixture, forward", version, median_ms([&] { forward(version); }), 1.5 * flop, moved);
+    for (int version = 1; version <= 2; version++)
+        report("mixture, both ways", version, median_ms([&] {
+            forward(version);
+            if (version == 1) gpu_moe_backward1(dx, dw, dweight, x, out, x, w, &on_gpu, s, &one);
+            else gpu_moe_backward(dx, dw, dweight, x, out, x, w, &on_gpu, s, &all);
+        }), 4.5 * flop, 2 * moved + 6 * w_bytes + small);
+    void *device[] = {(void *)x, (void *)w, out, rows, dx, y, dw, dweight, scratch1, scratch2};
     for (void *p : device) CUDA(cudaFree(p));
-    free(start);
     routing_free_device(&on_gpu);
     routing_free(&r);
     return 0;
