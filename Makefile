@@ -132,8 +132,9 @@ build/fuzz_readers: test/fuzz_readers.c $(EMBEDDED) build/flags
 build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
 	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
 
+KERNELS := $(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu))
 # the GPU programs: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
-ifneq ($(and $(NVCC),$(filter train_nsacu samplecu build/test_nsa_cu build/test_sample_cu build/attention test-gpu,$(MAKECMDGOALS))),)
+ifneq ($(and $(NVCC),$(filter train_nsacu samplecu build/test_nsa_cu build/test_sample_cu $(KERNELS) test-gpu,$(MAKECMDGOALS))),)
   GPU_HERE := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null | head -n 1))
   GPU_KNOWN := $(filter 80 89 90 100,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
   GPU_ARCH ?= $(if $(GPU_HERE),-arch=sm_$(GPU_HERE),$(foreach a,$(GPU_KNOWN),-gencode=arch=compute_$(a)$(,)code=sm_$(a)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
@@ -160,12 +161,12 @@ build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(CU_SOURC
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # kernels alone, one family a program: every version against the CPU, and with `bench` their times
-build/attention: dev/cuda/attention.cu $(CU_SOURCES)
+$(KERNELS): build/%: dev/cuda/%.cu $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # the GPU against the CPU
-test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu
-	@sh test/run_tests.sh build/test_nsa_cu build/test_sample_cu test/gpu.sh
+test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu $(KERNELS)
+	@sh test/run_tests.sh build/test_nsa_cu build/test_sample_cu $(KERNELS) test/gpu.sh
 	@START_DELAY=1 TRAIN=./train_nsacu sh test/run_tests.sh test/test_resume.sh
 	@START_DELAY=1 SAMPLE=./samplecu sh test/run_tests.sh test/test_sample.sh
 
@@ -182,14 +183,14 @@ build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
-build/attention_emulated: build/emulated/dev/cuda/attention.cu $(TRANSLATED)
+$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@
 build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)
 	$(EMULATED) -DNSA_CU $< -o $@
 build/test_sample_cu_emulated: build/emulated/test/test_sample.cu build/emulated/test/test_sample.c build/emulated/sample.c $(TRANSLATED)
 	$(EMULATED) $< -o $@
-test-gpu-emulated: train_nsa build/train_nsacu_emulated build/samplecu_emulated build/test_nsa_cu_emulated build/test_sample_cu_emulated
-	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated build/test_sample_cu_emulated test/gpu.sh
+test-gpu-emulated: train_nsa build/train_nsacu_emulated build/samplecu_emulated build/test_nsa_cu_emulated build/test_sample_cu_emulated $(KERNELS:%=%_emulated)
+	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated build/test_sample_cu_emulated $(KERNELS:%=%_emulated) test/gpu.sh
 	@TRAIN=build/train_nsacu_emulated sh test/run_tests.sh test/test_resume.sh
 	@SAMPLE=build/samplecu_emulated sh test/run_tests.sh test/test_sample.sh
 
