@@ -141,7 +141,7 @@ ifneq ($(and $(NVCC),$(filter train_nsacu samplecu build/test_nsa_cu build/test_
   NVCC_OMP := $(if $(findstring -fopenmp,$(OMP)),-Xcompiler -fopenmp)
 endif
 NVCC_FLAGS ?= -O3
-NVCC_ALL = -std=c++17 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
+NVCC_ALL = -std=c++17 --threads 0 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
 
 CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
