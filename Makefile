@@ -146,7 +146,7 @@ train_nsacu: train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
 
-build/test_nsa_cu: test/test_nsa.cu train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
+build/test_nsa_cu: test/test_nsa.cu test/fixtures.h train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublas
 
 # the GPU against the CPU
@@ -165,7 +165,7 @@ build/emulated/%: % test/cuda_on_cpu/translate.sed
 	sed -E -f test/cuda_on_cpu/translate.sed $< > $@
 build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
-build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
+build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu test/fixtures.h $(TRANSLATED)
 	$(EMULATED) $< -o $@
 test-gpu-emulated: train_nsa build/train_nsacu_emulated build/test_nsa_cu_emulated
 	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated test/gpu.sh
