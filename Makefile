@@ -154,7 +154,7 @@ samplecu: sample.c $(CU_SOURCES)
 	$(NEEDS_NVCC)
 	$(NVCC) $(NVCC_ALL) -DNSA_CU -x cu $< -o $@ -lcublasLt
 
-build/test_nsa_cu: test/test_nsa.cu $(CU_SOURCES)
+build/test_nsa_cu: test/test_nsa.cu test/fixtures.h $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(CU_SOURCES)
@@ -181,7 +181,7 @@ build/emulated/%: % test/cuda_on_cpu/translate.sed
 	sed -E -f test/cuda_on_cpu/translate.sed $< > $@
 build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
-build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TRANSLATED)
+build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu test/fixtures.h $(TRANSLATED)
 	$(EMULATED) $< -o $@
 $(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TRANSLATED)
 	$(EMULATED) $< -o $@

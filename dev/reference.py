@@ -5,26 +5,31 @@ The forward pass itself is scripts/modeling_nsa.py, written independently of the
 float64 and everything that checks other programs against it is built:
 
     dev/reference.py fixtures --out test/fixtures         write the fixtures that test_nsa.c reads
+    dev/reference.py bf16 test/fixtures                   beside each fixture, how far PyTorch in bf16 is from it
     dev/reference.py make-folder OUT --set gate=static    a random model folder
     dev/reference.py loss FOLDER FILE -t N                = ./train_nsa -e FOLDER -j FILE -b 1 -t N -m 1 -x 0
     dev/reference.py logits FOLDER --text P --out F       write a tensor `logits`
     dev/reference.py compare FOLDER F --text P            against ./sample -e FOLDER -p P --dump-logits F
 """
 import argparse
+import copy
 import json
 import math
 import pathlib
 import shutil
 import sys
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
+import modeling_nsa  # noqa: E402
 from modeling_nsa import NSAConfig, NSAForCausalLM  # noqa: E402
 
 
@@ -104,7 +109,7 @@ def run(model, tokens):
     layers) and the trace: one dict a layer with gates, importance, block_idx, routing."""
     trace = []
     logits = model(tokens[:, :-1], trace=trace).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss = F.cross_entropy(modeling_nsa.up(logits).flatten(0, 1), tokens[:, 1:].flatten())
     zero = logits.new_zeros(())
     return dict(logits=logits, loss=loss, trace=trace,
                 moe_z=sum((note.get("moe_z", zero) for note in trace), zero),
@@ -246,6 +251,88 @@ def command_fixtures(args):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# How far bf16 is from a fixture: what test_nsa.cu may not exceed by much
+
+class SumInFloat32(TorchDispatchMode):
+    """Matrix products and gradients of embeddings in bf16 that add in float32 and round once, as on GPUs and on
+    CPUs that have bf16. On others PyTorch rounds after every addition, which says little about bf16."""
+    SUMS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default,
+            torch.ops.aten.embedding_dense_backward.default}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        low = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
+        if function not in self.SUMS or not low:
+            return function(*args, **kwargs)
+        return function(*(x.float() if any(x is y for y in low) else x for x in args), **kwargs).bfloat16()
+
+
+def given(trace):
+    """A patch under which a forward pass makes the choices of an earlier one: its blocks, experts and drops."""
+    blocks = iter([note["block_idx"].transpose(1, 2) for note in trace if "block_idx" in note])
+    routes = iter([(note["choice"], note["keep"]) for note in trace if "choice" in note])
+
+    def route(probability, k, capacity):
+        choice, keep = next(routes)
+        value = probability.gather(1, choice)
+        return choice, value / value.sum(-1, keepdim=True) if k > 1 else value, keep
+
+    return mock.patch.multiple(modeling_nsa, select_blocks=lambda *_: next(blocks), route=route)
+
+
+def gradients_of(model, tokens):
+    """{tensor: value} of one forward and backward pass."""
+    out = run(model, tokens)
+    (out["loss"] + out["moe_z"] + out["moe_balance"]).backward()
+    found = {"grad." + key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()}
+    return {"logits": out["logits"].detach(), "loss": out["loss"].detach(), **found}
+
+
+def bf16_errors(path, draws=32):
+    """{tensor: error} of the fixture's model with weights and activations in bf16 against float64, which chooses
+    the blocks and experts of both. An error is |a - b| / (|b| + 1e-6 |all gradients|), Euclidean norms.
+
+    Where a few numbers are all that a sum leaves of many roundings, as in a bias of four, one run's error says
+    little: by luck it is a third of the next one's. So the model runs several times, first as it is, then with
+    every weight off by 1 % or so, which draws other roundings of the same sizes; the worst error counts."""
+    with safe_open(path, "pt") as f:
+        meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+    tokens = tensors["tokens"].long()
+    weights = {key[6:]: x for key, x in tensors.items() if key.startswith("param.")}
+    generator = torch.Generator().manual_seed(1)
+    worst = {}
+    for draw in range(draws):
+        for prefix, training in (("", True), ("eval_", False)) if meta["training"] == "1" else (("", False),):
+            exact = NSAForCausalLM(NSAConfig(**json.loads(meta["config"]))).double().train(training)
+            exact.load_state_dict(weights, strict=True)
+            with torch.no_grad():
+                trace = run(exact, tokens)["trace"]
+                for p in exact.parameters() if draw else ():
+                    p.mul_(1 + 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            low = copy.deepcopy(exact).to(torch.bfloat16)
+            with given(trace):
+                wanted = gradients_of(exact, tokens)
+            with given(trace), SumInFloat32():
+                found = gradients_of(low, tokens)
+            everything = math.sqrt(sum(x.pow(2).sum().item() for key, x in wanted.items() if key.startswith("grad.")))
+            for key in found if not prefix else ("logits", "loss"):
+                error = (found[key].double() - wanted[key]).norm() / (wanted[key].norm() + 1e-6 * everything)
+                worst[prefix + key] = max(worst.get(prefix + key, 0), error.item())
+    return worst
+
+
+def command_bf16(args):
+    """One NAME.bf16.json a fixture. Two digits: the third depends on the order in which a machine adds."""
+    for path in sorted(pathlib.Path(args.folder).glob("*.safetensors")):
+        errors = bf16_errors(path)
+        rows = ",\n".join('"%s": %.2g' % item for item in errors.items())
+        path.with_suffix(".bf16.json").write_text("{\n" + rows + "\n}\n")
+        gradients = {key: e for key, e in errors.items() if key.startswith("grad.")}
+        worst = max(gradients, key=gradients.get)
+        print("%-16s loss %.1e  logits %.1e  worst gradient %.1e %s" % (path.stem, errors["loss"], errors["logits"], errors[worst], worst))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The other commands
 
 def relative_error(a, b):
@@ -309,6 +396,8 @@ def main():
     sub = command("fixtures", command_fixtures, "write the test fixtures")
     sub.add_argument("--out", default="test/fixtures")
     sub.add_argument("--only", nargs="*", metavar="NAME")
+    sub = command("bf16", command_bf16, "write PyTorch's errors in bf16 beside the fixtures of a folder")
+    sub.add_argument("folder", nargs="?", default="test/fixtures")
     sub = command("make-folder", command_make_folder, "write a random model folder of odd sizes")
     sub.add_argument("folder")
     sub.add_argument("--seed", type=int, default=1)
@@ -333,7 +422,7 @@ def main():
         prompt.add_argument("--tokens", help="comma-separated ids")
 
     args = parser.parse_args()
-    with torch.set_grad_enabled(args.command == "fixtures"):
+    with torch.set_grad_enabled(args.command in ("fixtures", "bf16")):
         args.function(args)
 
 

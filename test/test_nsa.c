@@ -5,6 +5,7 @@
 
 #define NSA_NO_MAIN
 #include "../train_nsa.c"
+#include "fixtures.h"
 
 static const int sharp = sizeof(real) == sizeof(double);
 static int passed = 0, failed = 0;
@@ -170,26 +171,6 @@ static StepInfo plain_step(void) {
 // ----------------------------------------------------------------------------
 // 1. The fixtures of the PyTorch oracle
 
-static real *read_tensor(const SafeTensors *st, const char *name, int ndim, const int64_t *shape) {
-    int64_t n = 1;
-    char err[ERR_LEN];
-    for (int i = 0; i < ndim; i++) n *= shape[i];
-    real *x = zeros(n);
-    if (safetensors_read_real(st, name, ndim, shape, x, err) < 0) {
-        check(0, "%s", err);
-        for (int64_t i = 0; i < n; i++) x[i] = (real)NAN;
-    }
-    return x;
-}
-static double read_number(const SafeTensors *st, const char *name) {
-    const int64_t one = 1;
-    const StTensor *t = safetensors_find(st, name);
-    double x = NAN;
-    if (t && t->dtype == ST_F64) memcpy(&x, st->data + t->begin, sizeof x);
-    else x = (double)*read_tensor(st, name, 1, &one);
-    return x;
-}
-
 // Logits of what the last forward left in the residual stream.
 static const real *logits_of_step(Model *m, int64_t N) {
     const int64_t C = m->config.hidden_size, V = m->config.vocab_size;
@@ -199,39 +180,17 @@ static const real *logits_of_step(Model *m, int64_t N) {
     return logits;
 }
 
-static void test_fixture(const char *path) {
-    SafeTensors st;
-    Config c;
+static void test_fixture(const Fixture *f) {
+    const Config c = f->config;
+    const int64_t B = f->B, T = f->T, V = c.vocab_size;
+    const char *name = f->name;
     Model m;
-    char err[ERR_LEN];
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    if (safetensors_open(&st, path, err) < 0) {
-        check(0, "%s", err);
-        return;
-    }
-    const char *text = safetensors_meta(&st, "config"), *training = safetensors_meta(&st, "training");
-    const StTensor *tt = safetensors_find(&st, "tokens");
-    if (!text || !training || !tt || tt->ndim != 2 || tt->dtype != ST_I32 || config_parse(&c, text, (int64_t)strlen(text), err) < 0) {
-        check(0, "%s: not a fixture, or a configuration that is refused: %s", name, text ? err : "");
-        safetensors_close(&st);
-        return;
-    }
     model_create(&m, &c);
-    real *expected = zeros(m.num_elements);
-    for (int i = 0; i < m.num_params; i++) {
-        Param *p = &m.params[i];
-        char *param = format("param.%s", p->name), *grad = format("grad.%s", p->name);
-        memcpy(m.weights + p->offset, read_tensor(&st, param, p->ndim, p->shape), (size_t)p->count * sizeof(real));
-        memcpy(expected + p->offset, read_tensor(&st, grad, p->ndim, p->shape), (size_t)p->count * sizeof(real));
-        free(param);
-        free(grad);
-    }
-    const int64_t B = tt->shape[0], T = tt->shape[1] - 1, V = c.vocab_size;
-    const int64_t logit_shape[3] = {B, T, V};
-    int *tokens = ints(B * T), *targets = ints(B * T), *both = ints(B * (T + 1)), in_training = !strcmp(training, "1");
-    memcpy(both, st.data + tt->begin, (size_t)(B * (T + 1)) * sizeof(int));
-    for (int64_t b = 0; b < B; b++)
-        for (int64_t t = 0; t < T; t++) tokens[b * T + t] = both[b * (T + 1) + t], targets[b * T + t] = both[b * (T + 1) + t + 1];
+    real *expected = zeros(m.num_elements), *logits_wanted = zeros(B * T * V), *eval_logits_wanted = zeros(B * T * V);
+    fixture_params(f, &m, "param", m.weights);
+    fixture_params(f, &m, "grad", expected);
+    fixture_logits(f, "logits", logits_wanted);
+    fixture_logits(f, f->in_training ? "eval_logits" : "logits", eval_logits_wanted);
     const double all = sqrt(inner(expected, expected, m.num_elements));
     double *exact = doubles(m.num_elements);
     for (int64_t i = 0; i < m.num_elements; i++) exact[i] = (double)expected[i];
@@ -242,12 +201,12 @@ static void test_fixture(const char *path) {
         model_alloc(&m, B, T, recompute, 1);
         poison(&m);
         model_zero_grads(&m);
-        const double loss = model_forward_backward(&m, tokens, targets, B, T, &info), wanted = read_number(&st, "loss");
-        const double z = read_number(&st, "moe_z"), balance = read_number(&st, "moe_balance");
+        const double loss = model_forward_backward(&m, f->tokens, f->targets, B, T, &info), wanted = fixture_number(f, "loss");
+        const double z = fixture_number(f, "moe_z"), balance = fixture_number(f, "moe_balance");
         within(fabs(loss - wanted) / fabs(wanted), 1e-9, 1e-5, what);
         within(fabs(m.moe_z - z) / (fabs(z) + 1e-6), 1e-9, 1e-5, what);
         within(fabs(m.moe_balance - balance) / (fabs(balance) + 1e-6), 1e-9, 1e-5, what);
-        within(difference(logits_of_step(&m, B * T), read_tensor(&st, "logits", 3, logit_shape), B * T * V), 1e-9, 1e-5, what);
+        within(difference(logits_of_step(&m, B * T), logits_wanted, B * T * V), 1e-9, 1e-5, what);
         for (int i = 0; i < m.num_params; i++) {
             const Param *p = &m.params[i];
             const double e = error_of(m.grads + p->offset, exact + p->offset, p->count, 1e-6 * all);
@@ -257,39 +216,28 @@ static void test_fixture(const char *path) {
         free(what);
         // evaluation has no capacity, and shares its memory between the layers
         if (recompute == 2) model_alloc(&m, B, T, 0, 0), poison(&m);
-        const double eval = model_evaluate(&m, tokens, targets, B, T), eval_wanted = in_training ? read_number(&st, "eval_loss") : wanted;
+        const double eval = model_evaluate(&m, f->tokens, f->targets, B, T), eval_wanted = f->in_training ? fixture_number(f, "eval_loss") : wanted;
         within(fabs(eval - eval_wanted) / fabs(eval_wanted), 1e-9, 1e-5, name);
         real *logits = zeros(B * T * V), *last = zeros(B * V);
-        const real *logits_wanted = read_tensor(&st, in_training ? "eval_logits" : "logits", 3, logit_shape);
-        model_logits(&m, tokens, B, T, logits, 0);
-        within(difference(logits, logits_wanted, B * T * V), 1e-9, 1e-5, name);
-        model_logits(&m, tokens, B, T, last, 1);
-        for (int64_t b = 0; b < B; b++) within(difference(last + b * V, logits_wanted + (b * T + T - 1) * V, V), 1e-9, 1e-5, name);
+        model_logits(&m, f->tokens, B, T, logits, 0);
+        within(difference(logits, eval_logits_wanted, B * T * V), 1e-9, 1e-5, name);
+        model_logits(&m, f->tokens, B, T, last, 1);
+        for (int64_t b = 0; b < B; b++) within(difference(last + b * V, eval_logits_wanted + (b * T + T - 1) * V, V), 1e-9, 1e-5, name);
         for (int l = 0; l < c.num_hidden_layers && recompute == 0; l++) {
             if (layer_is_full(&c, l)) continue;
             const int64_t n = B * T * c.num_key_value_heads * c.sel_blocks;
             char *key = format("block_idx.%d", l);
-            const StTensor *idx = safetensors_find(&st, key);
-            check(idx && idx->dtype == ST_I32 && idx->end - idx->begin == n * 4 && !memcmp(m.acts[l].block_idx, st.data + idx->begin, (size_t)n * 4),
+            const StTensor *idx = safetensors_find(&f->st, key);
+            check(idx && idx->dtype == ST_I32 && idx->end - idx->begin == n * 4 && !memcmp(m.acts[l].block_idx, f->st.data + idx->begin, (size_t)n * 4),
                   "%s: %s differs", name, key);
             free(key);
         }
     }
     model_free(&m);
-    safetensors_close(&st);
+    release();
 }
 
-static void test_fixtures(void) {
-    glob_t found;
-    memset(&found, 0, sizeof found);
-    const int missing = glob("test/fixtures/*.safetensors", 0, NULL, &found) != 0 || found.gl_pathc == 0;
-    check(!missing, "no fixtures in test/fixtures: run this from the root of the repository");
-    for (size_t i = 0; !missing && i < found.gl_pathc; i++) {
-        test_fixture(found.gl_pathv[i]);
-        release();
-    }
-    globfree(&found);
-}
+static void test_fixtures(void) { for_each_fixture(test_fixture); }
 
 // ----------------------------------------------------------------------------
 // 4. Attention against full matrices

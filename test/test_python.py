@@ -311,6 +311,16 @@ def test_fixtures_on_disk():
             assert any(not note["keep"].all() for note in out["trace"] if "keep" in note), "nothing was dropped"
 
 
+def test_bf16_errors_on_disk():
+    for name in ("mlp", "everything", "moe_capacity_1"):
+        path = ROOT / "test" / "fixtures" / (name + ".safetensors")
+        stored, few = json.loads(path.with_suffix(".bf16.json").read_text()), reference.bf16_errors(path, draws=4)
+        assert stored.keys() == few.keys()
+        for key in few:  # these four are among those of the file; machines add in different orders
+            assert few[key] <= 1.2 * stored[key] and stored[key] <= 20 * few[key], (name, key, few[key], stored[key])
+        assert stored["logits"] < 2e-2 and stored["loss"] < 2e-3
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The transformers wrapper
 
