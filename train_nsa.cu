@@ -954,34 +954,45 @@ __global__ void attention_dq_kernel(float *dq, int accumulate, float *delta, con
     for (int c = lane(); c < s.D; c += WARP) qs[c] = (float)q[r.bt * s.q_row + r.h * s.D + c] * scale, dqs[c] = 0;
     for (int c = lane(); c < s.Dv; c += WARP) dos[c] = (float)dout[r.th * s.Dv + c] * g;
     __syncwarp();
-    // Summed in the order of dP below and in the next kernel, so that a query with a single key gets exactly no gradient.
+    // delta is <dO, O> = Σ p·dP. From O it is the quicker sum, in the order of dP below and in the next kernel, so that a query with a
+    // single key gets exactly no gradient. An O that was rounded to bf16 would leave a row of dS whose sum is not 0: there the keys
+    // are passed twice.
+    constexpr int from_out = std::is_same<F, float>::value;
     float d = 0;
-    for (int c = 0; c < s.Dv; c++) d += dos[c] * (float)out[r.th * s.Dv + c];
-    if (lane() == 0) delta[r.th] = d;
+    for (int c = 0; c < s.Dv && from_out; c++) d += dos[c] * (float)out[r.th * s.Dv + c];
     const int *idx = mask.block_idx + (r.bt * s.KV + r.kv) * mask.n;
     int64_t lo, hi;
-    for (int i = 0; key_stretch(&mask, idx, i, r.t, &lo, &hi); i++)
-        for (int64_t k0 = lo; k0 < hi; k0 += WARP) {
-            const int count = (int)min64(WARP, hi - k0);
-            const int64_t at = r.b * s.Tk + k0;
-            fill_tile(keys, k + at * s.k_row + r.kv * s.D, s.k_row, count, s.D);
-            fill_tile(values, v + at * s.v_row + r.kv * s.Dv, s.v_row, count, s.Dv);
-            __syncwarp();
-            float x = 0, dp = 0;
-            if (lane() < count) {
-                const float *key = keys + lane() * tile_row(s.D), *value = values + lane() * tile_row(s.Dv);
-                for (int c = 0; c < s.D; c++) x += qs[c] * key[c];
-                for (int c = 0; c < s.Dv; c++) dp += dos[c] * value[c];
+    for (int pass = from_out; pass < 2; pass++) {
+        for (int i = 0; key_stretch(&mask, idx, i, r.t, &lo, &hi); i++)
+            for (int64_t k0 = lo; k0 < hi; k0 += WARP) {
+                const int count = (int)min64(WARP, hi - k0);
+                const int64_t at = r.b * s.Tk + k0;
+                fill_tile(keys, k + at * s.k_row + r.kv * s.D, s.k_row, count, s.D);
+                fill_tile(values, v + at * s.v_row + r.kv * s.Dv, s.v_row, count, s.Dv);
+                __syncwarp();
+                float x = 0, dp = 0;
+                if (lane() < count) {
+                    const float *key = keys + lane() * tile_row(s.D), *value = values + lane() * tile_row(s.Dv);
+                    for (int c = 0; c < s.D; c++) x += qs[c] * key[c];
+                    for (int c = 0; c < s.Dv; c++) dp += dos[c] * value[c];
+                }
+                const float p = lane() < count ? expf(x - l) : 0;
+                if (pass == 0) {
+                    d += warp_sum(p * dp);
+                    __syncwarp();
+                    continue;
+                }
+                ds[lane()] = p * (dp - d) * scale;
+                __syncwarp();
+                for (int c = lane(); c < s.D; c += WARP) {
+                    float a = dqs[c];
+                    for (int j = 0; j < count; j++) a += ds[j] * keys[j * tile_row(s.D) + c];
+                    dqs[c] = a;
+                }
+                __syncwarp();
             }
-            ds[lane()] = lane() < count ? expf(x - l) * (dp - d) * scale : 0;
-            __syncwarp();
-            for (int c = lane(); c < s.D; c += WARP) {
-                float a = dqs[c];
-                for (int j = 0; j < count; j++) a += ds[j] * keys[j * tile_row(s.D) + c];
-                dqs[c] = a;
-            }
-            __syncwarp();
-        }
+    }
+    if (lane() == 0) delta[r.th] = d;
     for (int c = lane(); c < s.D; c += WARP) dq[r.th * s.D + c] = (accumulate ? dq[r.th * s.D + c] : 0) + dqs[c];
 }
 
