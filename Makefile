@@ -143,6 +143,7 @@ endif
 NVCC_FLAGS ?= -O3
 NVCC_ALL = -std=c++17 --threads 0 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
 
+TEST_HEADERS := $(wildcard test/*.h)
 CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
 
@@ -154,14 +155,14 @@ samplecu: sample.c $(CU_SOURCES)
 	$(NEEDS_NVCC)
 	$(NVCC) $(NVCC_ALL) -DNSA_CU -x cu $< -o $@ -lcublasLt
 
-build/test_nsa_cu: test/test_nsa.cu test/fixtures.h $(CU_SOURCES)
+build/test_nsa_cu: test/test_nsa.cu $(TEST_HEADERS) $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
-build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(CU_SOURCES)
+build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(TEST_HEADERS) $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # kernels alone, one family a program: every version against the CPU, and with `bench` their times
-$(KERNELS): build/%: dev/cuda/%.cu $(CU_SOURCES)
+$(KERNELS): build/%: dev/cuda/%.cu $(TEST_HEADERS) $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
 # the GPU against the CPU
@@ -181,13 +182,13 @@ build/emulated/%: % test/cuda_on_cpu/translate.sed
 	sed -E -f test/cuda_on_cpu/translate.sed $< > $@
 build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
-build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu test/fixtures.h $(TRANSLATED)
+build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
-$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TRANSLATED)
+$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
 build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)
 	$(EMULATED) -DNSA_CU $< -o $@
-build/test_sample_cu_emulated: build/emulated/test/test_sample.cu build/emulated/test/test_sample.c build/emulated/sample.c $(TRANSLATED)
+build/test_sample_cu_emulated: build/emulated/test/test_sample.cu build/emulated/test/test_sample.c build/emulated/sample.c $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
 test-gpu-emulated: train_nsa build/train_nsacu_emulated build/samplecu_emulated build/test_nsa_cu_emulated build/test_sample_cu_emulated $(KERNELS:%=%_emulated)
 	@GPU=build/train_nsacu_emulated sh test/run_tests.sh build/test_nsa_cu_emulated build/test_sample_cu_emulated $(KERNELS:%=%_emulated) test/gpu.sh

@@ -1033,13 +1033,6 @@ int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
     return carve_working(&none, c, rows, tokens, NULL) * (int64_t)sizeof(float);
 }
 
-// What a launch may take of a block's shared memory, told to the kernels before a graph is recorded.
-static void allow_shared(const void *kernel, int64_t numbers, const char *fix) {
-    const int64_t bytes = numbers * (int64_t)sizeof(float), most = (int64_t)gpu.sharedMemPerBlockOptin;
-    if (bytes > most) die(2, "this model's attention needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": %s", bytes, most, fix);
-    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 void decoder_open(Decoder *d) {
     Model *m = d->model;
     const Config *c = &m->config;
@@ -1053,8 +1046,8 @@ void decoder_open(Decoder *d) {
     CUDA(cudaMallocHost((void **)&w->input, sizeof(Input) + rows * sizeof(int)));
     CUDA(cudaMallocHost((void **)&d->logits, rows * (size_t)c->vocab_size * sizeof(float)));
     const DecodeShape s = decode_shape(d, 0);
-    allow_shared((const void *)attend_kernel, attend_numbers(&s), "sample, on the CPU, takes any --head-dim");
-    allow_shared((const void *)select_kernel, s.G, "sample, on the CPU, takes any --kv-heads");
+    allow_shared(attend_kernel, attend_numbers(&s) * (int64_t)sizeof(float), "attention with heads this wide", "sample, on the CPU");
+    allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", "sample, on the CPU");
 }
 
 static void drop_graph(Working *w) {

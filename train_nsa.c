@@ -4059,7 +4059,7 @@ typedef struct CompressShape { int64_t B, T, x_row; int KV, D, block, stride, ki
 
 enum { COMPRESS_CHUNK = 512 };      // blocks flattened at a time
 
-static inline int64_t compress_blocks(const CompressShape *s) { return compressed_seen(s->T - 1, s->block, s->stride); }
+DEVICE static inline int64_t compress_blocks(const CompressShape *s) { return compressed_seen(s->T - 1, s->block, s->stride); }
 
 // The width of what a kind keeps for backward, for each block and KV head: the MLP's hidden layer before its GELU.
 int64_t compress_hidden(int kind, int d) { return kind == COMPRESS_MLP || kind == COMPRESS_GROUPED_MLP ? 2 * d : 0; }
@@ -4070,14 +4070,14 @@ int64_t compress_scratch(int kind, int d, int block) {
 }
 
 // Which KV heads a set of weights serves: `mlp` has one set for all, the others one for each.
-static inline int compress_sets(const CompressShape *s) { return s->kind == COMPRESS_MLP ? 1 : s->KV; }
+DEVICE static inline int compress_sets(const CompressShape *s) { return s->kind == COMPRESS_MLP ? 1 : s->KV; }
 
 // Row r of a set of weights is a block and a head: where its tokens start in x, and where its result lies in out.
-typedef struct BlockPlace { const real *x; int64_t out; } BlockPlace;
-static inline BlockPlace block_place(const real *x, const CompressShape *s, int set, int64_t r) {
+typedef struct BlockPlace { int64_t x, out; } BlockPlace;
+DEVICE static inline BlockPlace block_place(const CompressShape *s, int set, int64_t r) {
     const int heads = s->KV / compress_sets(s);
     const int64_t nc = compress_blocks(s), bi = r / heads, b = bi / nc, i = bi % nc, kv = set + r % heads;
-    BlockPlace place = {x + (b * s->T + i * s->stride) * s->x_row + kv * s->D, bi * s->KV + kv};
+    BlockPlace place = {(b * s->T + i * s->stride) * s->x_row + kv * s->D, bi * s->KV + kv};
     return place;
 }
 
@@ -4085,7 +4085,7 @@ static inline BlockPlace block_place(const real *x, const CompressShape *s, int 
 static void compress_flatten(real *flat, const real *x, const real *pos, const CompressShape *s, int set, int64_t r0, int64_t rows) {
     #pragma omp parallel for
     for (int64_t r = 0; r < rows; r++) {
-        const real *from = block_place(x, s, set, r0 + r).x;
+        const real *from = x + block_place(s, set, r0 + r).x;
         for (int64_t j = 0; j < s->block; j++)
             for (int64_t c = 0; c < s->D; c++)
                 flat[(r * s->block + j) * s->D + c] = from[j * s->x_row + c] + (pos ? pos[j * s->D + c] : 0);
@@ -4100,11 +4100,11 @@ void compress_forward(real *out, real *hidden, const real *x, const CompressWeig
             const int64_t n = min64(COMPRESS_CHUNK, rows - r0);
             if (s->kind == COMPRESS_AVGPOOL) {
                 for (int64_t r = 0; r < n; r++) {
-                    const BlockPlace place = block_place(x, s, set, r0 + r);
+                    const BlockPlace place = block_place(s, set, r0 + r);
                     real *o = out + place.out * D;
                     for (int64_t c = 0; c < D; c++) o[c] = 0;
                     for (int64_t j = 0; j < s->block; j++)
-                        for (int64_t c = 0; c < D; c++) o[c] += place.x[j * s->x_row + c] / (real)s->block;
+                        for (int64_t c = 0; c < D; c++) o[c] += x[place.x + j * s->x_row + c] / (real)s->block;
                 }
                 continue;
             }
@@ -4118,7 +4118,7 @@ void compress_forward(real *out, real *hidden, const real *x, const CompressWeig
                 linear_forward(h, W, flat, LD, w->fc1 + set * W * LD, n, LD, W);
                 #pragma omp parallel for
                 for (int64_t r = 0; r < n; r++) {
-                    real *keep = hidden + block_place(x, s, set, r0 + r).out * W, *hr = h + r * W;
+                    real *keep = hidden + block_place(s, set, r0 + r).out * W, *hr = h + r * W;
                     const real *b = w->fc1_bias + set * W;
                     #pragma omp simd
                     for (int64_t c = 0; c < W; c++) {
@@ -4130,7 +4130,7 @@ void compress_forward(real *out, real *hidden, const real *x, const CompressWeig
                 bias = w->fc2_bias + set * D;
             }
             for (int64_t r = 0; r < n; r++) {
-                real *o = out + block_place(x, s, set, r0 + r).out * D;
+                real *o = out + block_place(s, set, r0 + r).out * D;
                 for (int64_t c = 0; c < D; c++) o[c] = y[r * D + c] + bias[c];
             }
         }
@@ -4147,14 +4147,14 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
             real *flat = scratch, *h = flat + COMPRESS_CHUNK * LD, *dh = h + COMPRESS_CHUNK * W, *dy = dh + COMPRESS_CHUNK * W;
             if (s->kind == COMPRESS_AVGPOOL) {
                 for (int64_t r = 0; r < n; r++) {
-                    const BlockPlace place = block_place(x, s, set, r0 + r);
+                    const BlockPlace place = block_place(s, set, r0 + r);
                     for (int64_t j = 0; j < s->block; j++)
-                        for (int64_t c = 0; c < D; c++) dx[place.x - x + j * s->x_row + c] += dout[place.out * D + c] / (real)s->block;
+                        for (int64_t c = 0; c < D; c++) dx[place.x + j * s->x_row + c] += dout[place.out * D + c] / (real)s->block;
                 }
                 continue;
             }
             for (int64_t r = 0; r < n; r++)
-                memcpy(dy + r * D, dout + block_place(x, s, set, r0 + r).out * D, (size_t)D * sizeof(real));
+                memcpy(dy + r * D, dout + block_place(s, set, r0 + r).out * D, (size_t)D * sizeof(real));
             compress_flatten(flat, x, w->pos, s, set, r0, n);
             real *bias = (s->kind == COMPRESS_CONV1D ? dw->conv_bias : dw->fc2_bias) + set * D;
             for (int64_t r = 0; r < n; r++)
@@ -4166,7 +4166,7 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
             } else {
                 #pragma omp parallel for
                 for (int64_t r = 0; r < n; r++) {
-                    const real *kept = hidden + block_place(x, s, set, r0 + r).out * W;
+                    const real *kept = hidden + block_place(s, set, r0 + r).out * W;
                     real *hr = h + r * W;
                     #pragma omp simd
                     for (int64_t c = 0; c < W; c++) hr[c] = gelu(kept[c]);
@@ -4174,7 +4174,7 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
                 linear_backward(dh, W, dw->fc2 + set * D * W, dy, D, h, W, w->fc2 + set * D * W, n, W, D, 0);
                 #pragma omp parallel for
                 for (int64_t r = 0; r < n; r++) {
-                    const real *kept = hidden + block_place(x, s, set, r0 + r).out * W;
+                    const real *kept = hidden + block_place(s, set, r0 + r).out * W;
                     real *dr = dh + r * W;
                     #pragma omp simd
                     for (int64_t c = 0; c < W; c++) dr[c] *= gelu_slope(kept[c]);
@@ -4187,7 +4187,7 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
                     for (int64_t j = 0; j < LD; j++) dw->pos[j] += flat[r * LD + j];
             }
             for (int64_t r = 0; r < n; r++) {
-                real *to = dx + (block_place(x, s, set, r0 + r).x - x);
+                real *to = dx + block_place(s, set, r0 + r).x;
                 for (int64_t j = 0; j < s->block; j++)
                     for (int64_t c = 0; c < D; c++) to[j * s->x_row + c] += flat[(r * s->block + j) * D + c];
             }
@@ -4542,17 +4542,24 @@ void moe_backward(real *dx, real *dexperts, real *dprobs, const real *dout, cons
     }
 }
 
-// The router's own terms (section 3.3): z = z_coef·mean(lse²), balance = balance_coef·E·Σ_e f_e·P_e.
-void moe_losses(double *z, double *balance, const Routing *r, const MoeShape *s, double z_coef, double balance_coef) {
+// The router's own terms (section 3.3), added to z and balance: z_coef·mean(lse²), balance_coef·E·Σ_e f_e·P_e, from the logsumexps
+// (N), the sums of each expert's probabilities (E), and the loads (E).
+static void moe_losses_of_sums(double *z, double *balance, const real *lse, const double *p, const int64_t *load, const MoeShape *s, double z_coef,
+                               double balance_coef) {
     double squares = 0, sum = 0;
-    for (int64_t i = 0; i < s->N; i++) squares += (double)r->lse[i] * (double)r->lse[i];
-    for (int e = 0; e < s->E; e++) {
-        double p = 0;
-        for (int64_t i = 0; i < s->N; i++) p += (double)r->probs[i * s->E + e];
-        sum += (double)r->load[e] / (double)(s->N * s->k) * (p / (double)s->N);
-    }
-    *z = z_coef * squares / (double)s->N;
-    *balance = balance_coef * s->E * sum;
+    for (int64_t i = 0; i < s->N; i++) squares += (double)lse[i] * (double)lse[i];
+    for (int e = 0; e < s->E; e++) sum += (double)load[e] / (double)(s->N * s->k) * (p[e] / (double)s->N);
+    *z += z_coef * squares / (double)s->N;
+    *balance += balance_coef * s->E * sum;
+}
+
+void moe_losses(double *z, double *balance, const Routing *r, const MoeShape *s, double z_coef, double balance_coef) {
+    double *p = (double *)xcalloc((size_t)s->E, sizeof(double));
+    for (int64_t i = 0; i < s->N; i++)
+        for (int e = 0; e < s->E; e++) p[e] += (double)r->probs[i * s->E + e];
+    *z = *balance = 0;
+    moe_losses_of_sums(z, balance, r->lse, p, r->load, s, z_coef, balance_coef);
+    free(p);
 }
 
 // dprobs (N,E) -> the gradient of the router's logits, in place, with the two terms' own gradients times `scale`.

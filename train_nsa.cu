@@ -99,6 +99,14 @@ static unsigned grid(int64_t items, int64_t per_block) {
 static void launched(const char *file, int line) { cuda_check(cudaGetLastError(), "kernel", file, line); }
 #define LAUNCHED() launched(__FILE__, __LINE__)
 
+// Lets a kernel take `bytes` of a block's shared memory.
+template <typename Kernel>
+static void allow_shared(Kernel *kernel, int64_t bytes, const char *what, const char *fix) {
+    const int64_t most = (int64_t)gpu.sharedMemPerBlockOptin;
+    if (bytes > most) die(2, "%s needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": use %s", what, bytes, most, fix);
+    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 __device__ static inline int64_t global_thread(void) { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ static inline int64_t global_warp(void) { return global_thread() / WARP; }
 __device__ static inline int lane(void) { return (int)(threadIdx.x % WARP); }
@@ -510,17 +518,11 @@ __global__ void __launch_bounds__(P::BLOCK, P::BLOCKS) grouped_dweight_kernel(fl
     product.put(Add{dweight + expert * stride, inp.columns}, row, dout.columns, column, inp.columns);
 }
 
-template <typename Kernel>
-static Kernel *with_shared_memory(Kernel *kernel, int bytes) {
-    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    return kernel;
-}
-
 template <typename P, typename F>
 static void grouped_rows(F *out, int64_t columns, Factor<F> inp, Factor<F> weight, int64_t stride, const Groups *g) {
     const int64_t pieces = min64(g->rows, g->rows / P::TILE + g->E), across = (columns + P::TILE - 1) / P::TILE;
     if (pieces * across == 0) return;
-    with_shared_memory(grouped_rows_kernel<P, F>, P::BYTES);
+    allow_shared(grouped_rows_kernel<P, F>, P::BYTES, "a mixture of experts in bf16", "--dtype f32");
     grouped_rows_kernel<P, F><<<grid(pieces * across, 1), P::BLOCK, P::BYTES>>>(out, (int)columns, inp, weight, stride, *g);
     LAUNCHED();
 }
@@ -529,7 +531,7 @@ template <typename P, typename F>
 static void grouped_weights(float *dweight, int64_t stride, Factor<F> dout, Factor<F> inp, const Groups *g) {
     const int64_t down = (dout.columns + P::TILE - 1) / P::TILE, across = (inp.columns + P::TILE - 1) / P::TILE;
     if (g->E * down * across == 0) return;
-    with_shared_memory(grouped_dweight_kernel<P, F>, P::BYTES);
+    allow_shared(grouped_dweight_kernel<P, F>, P::BYTES, "a mixture of experts in bf16", "--dtype f32");
     grouped_dweight_kernel<P, F><<<grid(g->E * down * across, 1), P::BLOCK, P::BYTES>>>(dweight, stride, dout, inp, *g);
     LAUNCHED();
 }
@@ -774,14 +776,6 @@ __global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const 
         for (int v = 0; v < N; v++) parts[blockIdx.x * c + j + v] = part[j + v];
 }
 
-// Lets a kernel take `bytes` of a block's shared memory.
-template <typename Kernel>
-static void allow_shared(Kernel kernel, int64_t bytes, const char *what, const char *fix) {
-    const int64_t most = (int64_t)gpu.sharedMemPerBlockOptin;
-    if (bytes > most) die(2, "%s needs %" PRId64 " bytes of a GPU block's memory and this GPU has %" PRId64 ": use %s", what, bytes, most, fix);
-    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 // dinp (N,C) +=, dweight (C) +=; parts: NORM_BLOCKS · C numbers.
 template <typename F>
 static void gpu_rmsnorm_backward(F *dinp, float *dweight, const F *dout, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c, float *parts) {
@@ -811,7 +805,8 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
     return heads->at[i] + (int64_t)h * d;
 }
 
-// `to` is F or, with another layout, what an f32 gradient becomes: from (n,heads,d) contiguous if `from` is given, else in place.
+// x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
+// `table`; turn = -1 turns back. A thread takes N neighbouring pairs (j, j + d/2).
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
     const int half = d / 2, row = heads.count * half;
@@ -1124,7 +1119,7 @@ __global__ void attention_dkv_kernel(F *dk, F *dv, const F *dout, const float *g
 
 // Warps of a block whose shared memory (`numbers` a warp) fits; tells the kernel how much it may take.
 template <typename Kernel>
-static int warps_that_fit(Kernel kernel, int64_t numbers) {
+static int warps_that_fit(Kernel *kernel, int64_t numbers) {
     int warps = ATTENTION_WARPS;
     const int64_t bytes = numbers * (int64_t)sizeof(float);
     while (warps > 1 && warps * bytes > (int64_t)gpu.sharedMemPerBlockOptin) warps /= 2;
@@ -1160,14 +1155,6 @@ static void simple_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv
 // ----------------------------------------------------------------------------
 // Compression. Blocks become rows of one matrix for each set of weights: (sets, rows, l·D), row r a block and a head.
 
-// Where a block of a set lies: in x its first token, in the result its row.
-typedef struct Place { int64_t x, out; } Place;
-DEVICE static inline Place compress_place(const CompressShape *s, int64_t nc, int64_t sets, int64_t set, int64_t r) {
-    const int64_t heads = s->KV / sets, bi = r / heads, kv = set + r % heads;
-    Place place = {(bi / nc * s->T + bi % nc * s->stride) * s->x_row + kv * s->D, bi * s->KV + kv};
-    return place;
-}
-
 // What the kernels below share: the rows of all sets one behind the other.
 typedef struct CompressCall { CompressShape s; int64_t nc, sets, rows; } CompressCall;
 static CompressCall compress_call(const CompressShape *s) {
@@ -1175,7 +1162,7 @@ static CompressCall compress_call(const CompressShape *s) {
     CompressCall call = {*s, nc, sets, s->B * nc * s->KV / sets};
     return call;
 }
-__device__ static inline Place place_of(const CompressCall *a, int64_t row) { return compress_place(&a->s, a->nc, a->sets, row / a->rows, row % a->rows); }
+__device__ static inline BlockPlace place_of(const CompressCall *a, int64_t row) { return block_place(&a->s, (int)(row / a->rows), row % a->rows); }
 
 // flat (sets·rows, l·D), a block of threads a row
 template <typename F>
@@ -1191,7 +1178,7 @@ template <typename F>
 __global__ void compress_mean_kernel(F *out, const F *x, CompressCall a) {
     const int64_t row = global_warp();
     if (row >= a.sets * a.rows) return;
-    const Place place = place_of(&a, row);
+    const BlockPlace place = place_of(&a, row);
     for (int c = lane(); c < a.s.D; c += WARP) {
         float sum = 0;
         for (int64_t j = 0; j < a.s.block; j++) sum += (float)x[place.x + j * a.s.x_row + c] / (float)a.s.block;
@@ -1416,6 +1403,7 @@ static void simple_select_weights(float *weights, const F *q, const F *k, const 
 // Nothing is added by atomics and every sum has a fixed order: the same bits on every run.
 
 #define LOG2E 1.4426950408889634f
+static const char *const FAST_NAME = "attention in bf16", *const FAST_FIX = "--dtype f32";       // when a block's memory is too small
 enum { MMA_ROWS = 16, FAST_WARPS = 4, RANGE_KEYS = 64, SELECTED_KEYS = 32, SELECTED_WARPS = 2 };
 
 // 1 if the fast tier takes this shape: row sizes that 16-byte copies can follow, and positions that fit an int.
@@ -1638,6 +1626,50 @@ __device__ static inline void fetch_keys(bf16 *tile, const KeyWalk *w, const bf1
     fetch_tile<DV>(tile + KEYS * D, KEYS, values + w->k0 * s->v_row, s->v_row, w->end - w->k0, member, MEMBERS);
 }
 
+// What a warp of such a kernel begins with.
+template <int D, int DV, int TEAM>
+struct TeamWork {
+    enum { KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP, STAGE = KEYS * (D + DV) };     // STAGE: numbers of a tile of keys and values
+    int member, low, high;          // this thread among its team's; the two rows of its lane
+    FastRows rows;
+    KeyWalk walk;
+    SeenKeys seen;
+    const bf16 *keys, *values;      // of (b, kv)
+    bf16 *memory;                   // two stages in shared memory
+
+    // 0: there is no work for this team.
+    __device__ int begin(bf16 *shared, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+        const int team = threadIdx.x / MEMBERS;
+        const int64_t item = (int64_t)blockIdx.x * (blockDim.x / MEMBERS) + team;
+        if (item >= team_items<TEAM>(s)) return 0;
+        member = threadIdx.x % MEMBERS;
+        memory = shared + team * 2 * STAGE;
+        team_begin<TEAM, KEYS>(&rows, &walk, (int)item, mask, s);
+        seen = seen_keys<TEAM>(&rows, mask, s);
+        keys = k + (rows.b * s->Tk * s->k_row + rows.kv * D);
+        values = v + (rows.b * s->Tk * s->v_row + rows.kv * DV);
+        low = row_at(&rows, lane() / 4);
+        high = row_at(&rows, lane() / 4 + 8);
+        return 1;
+    }
+
+    __device__ void read_queries(unsigned (*qs)[4], const bf16 *q, const AttentionShape *s) const {
+        read_left_factor<D>(qs, q + token_of_row(&rows, low, s) * s->q_row + head_of_row(&rows, low, s) * D,
+                            q + token_of_row(&rows, high, s) * s->q_row + head_of_row(&rows, high, s) * D);
+    }
+
+    __device__ void fetch(int stage, const AttentionShape *s) const { fetch_keys<D, DV, TEAM>(memory + stage * STAGE, &walk, keys, values, s, member); }
+
+    // Brings the tile `stage` and sends for the next one; 0 in *more: there is none.
+    __device__ void next_tile(int stage, int *more, const Mask *mask, const AttentionShape *s) {
+        *more = next_keys<KEYS>(&walk, mask);
+        if (*more) fetch(stage ^ 1, s);
+        cp_async_commit();
+        cp_async_wait<1>();
+        team_sync<TEAM>();
+    }
+};
+
 template <int D, int DV, int TEAM>
 static int64_t team_bytes(void) { return 2 * (TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS) * (D + DV) * (int64_t)sizeof(bf16); }
 
@@ -1647,36 +1679,26 @@ static int64_t team_bytes(void) { return 2 * (TEAM == 1 ? SELECTED_KEYS : RANGE_
 template <int D, int DV, int TEAM>
 __global__ void __launch_bounds__((TEAM == 1 ? SELECTED_WARPS : TEAM) * WARP, TEAM == 1 ? (D == 64 ? 6 : 3) : D == 64 ? 3 : 2)
 fast_forward_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, Mask mask, AttentionShape s) {
-    constexpr int KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP, STAGE = KEYS * (D + DV);
+    typedef TeamWork<D, DV, TEAM> Work;
+    constexpr int KEYS = Work::KEYS;
     extern __shared__ uint4 fast_shared[];
-    const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS;
-    const int64_t item = (int64_t)blockIdx.x * (blockDim.x / MEMBERS) + team;
-    if (item >= team_items<TEAM>(&s)) return;
-    bf16 *memory = (bf16 *)fast_shared + team * 2 * STAGE;
-    FastRows rows;
-    KeyWalk walk;
-    team_begin<TEAM, KEYS>(&rows, &walk, (int)item, &mask, &s);
-    const SeenKeys seen = seen_keys<TEAM>(&rows, &mask, &s);
-    const bf16 *keys = k + (rows.b * s.Tk * s.k_row + rows.kv * D), *values = v + (rows.b * s.Tk * s.v_row + rows.kv * DV);
+    Work work;
+    if (!work.begin((bf16 *)fast_shared, k, v, &mask, &s)) return;
+    const FastRows &rows = work.rows;
+    const SeenKeys &seen = work.seen;
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
 
     unsigned qs[D / 16][4];
-    const int low = row_at(&rows, lane() / 4), high = row_at(&rows, lane() / 4 + 8);
-    read_left_factor<D>(qs, q + token_of_row(&rows, low, &s) * s.q_row + head_of_row(&rows, low, &s) * D,
-                        q + token_of_row(&rows, high, &s) * s.q_row + head_of_row(&rows, high, &s) * D);
+    work.read_queries(qs, q, &s);
     float o[DV / 8][4] = {{0}}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-    int more = next_keys<KEYS>(&walk, &mask);
-    if (more) fetch_keys<D, DV, TEAM>(memory, &walk, keys, values, &s, member);
+    int more = next_keys<KEYS>(&work.walk, &mask);
+    if (more) work.fetch(0, &s);
     cp_async_commit();
     for (int stage = 0; more; stage ^= 1) {
-        const int k0 = walk.k0, end = walk.end;
-        bf16 *key_tile = memory + stage * STAGE, *value_tile = key_tile + KEYS * D;
-        more = next_keys<KEYS>(&walk, &mask);
-        if (more) fetch_keys<D, DV, TEAM>(memory + (stage ^ 1) * STAGE, &walk, keys, values, &s, member);
-        cp_async_commit();
-        cp_async_wait<1>();
-        team_sync<TEAM>();
+        const int k0 = work.walk.k0, end = work.walk.end;
+        bf16 *key_tile = work.memory + stage * Work::STAGE, *value_tile = key_tile + KEYS * D;
+        work.next_tile(stage, &more, &mask, &s);
 
         float p[KEYS / 8][4] = {{0}};
         times_turned<D, KEYS / 8>(p, qs, key_tile, 0);
@@ -1723,9 +1745,9 @@ fast_forward_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const b
         const float total = quad_sum(sum[i]);
         inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
         if (lane() % 4 == 0 && rows.first + lane() / 4 + i * 8 <= rows.last)
-            lse[place_of_row(&rows, i ? high : low, &s)] = total == 0 ? -INFINITY : top[i] * scale + logf(total);
+            lse[place_of_row(&rows, i ? work.high : work.low, &s)] = total == 0 ? -INFINITY : top[i] * scale + logf(total);
     }
-    bf16 *result = memory + member / WARP * MMA_ROWS * DV;
+    bf16 *result = work.memory + work.member / WARP * MMA_ROWS * DV;
     put_rows<DV>(result, 0, o, inverse[0], inverse[1]);
     __syncwarp();
     for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
@@ -1739,7 +1761,7 @@ template <int D, int DV, int TEAM>
 static void forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
     const int teams = TEAM == 1 ? SELECTED_WARPS : 1;
     const int64_t bytes = teams * team_bytes<D, DV, TEAM>();
-    CUDA(cudaFuncSetAttribute((const void *)fast_forward_kernel<D, DV, TEAM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    allow_shared(fast_forward_kernel<D, DV, TEAM>, bytes, FAST_NAME, FAST_FIX);
     fast_forward_kernel<D, DV, TEAM><<<grid(team_items<TEAM>(s), teams), teams * TEAM * WARP, (size_t)bytes>>>(out, lse, q, k, v, *mask, *s);
     LAUNCHED();
 }
@@ -1764,25 +1786,19 @@ template <int D, int DV, int TEAM>
 __global__ void __launch_bounds__((TEAM == 1 ? SELECTED_WARPS : TEAM) * WARP, TEAM == 1 ? (D == 64 ? 6 : 3) : D == 64 ? 3 : 2)
 fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q, const bf16 *k,
                const bf16 *v, Mask mask, AttentionShape s) {
-    constexpr int KEYS = TEAM == 1 ? SELECTED_KEYS : RANGE_KEYS, MEMBERS = TEAM * WARP, STAGE = KEYS * (D + DV), STEP = D == 192 ? 16 : 32;
+    typedef TeamWork<D, DV, TEAM> Work;
+    constexpr int KEYS = Work::KEYS, STEP = D == 192 ? 16 : 32;
     extern __shared__ uint4 fast_shared[];
-    const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS;
-    const int64_t item = (int64_t)blockIdx.x * (blockDim.x / MEMBERS) + team;
-    if (item >= team_items<TEAM>(&s)) return;
-    bf16 *memory = (bf16 *)fast_shared + team * 2 * STAGE;
-    FastRows rows;
-    KeyWalk walk;
-    team_begin<TEAM, KEYS>(&rows, &walk, (int)item, &mask, &s);
-    const SeenKeys seen = seen_keys<TEAM>(&rows, &mask, &s);
-    const bf16 *keys = k + (rows.b * s.Tk * s.k_row + rows.kv * D), *values = v + (rows.b * s.Tk * s.v_row + rows.kv * DV);
+    Work work;
+    if (!work.begin((bf16 *)fast_shared, k, v, &mask, &s)) return;
+    const FastRows &rows = work.rows;
+    const SeenKeys &seen = work.seen;
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
 
     unsigned qs[D / 16][4], dos[DV / 16][4];
     float lse2[2], d[2] = {0, 0};
-    const int low = row_at(&rows, lane() / 4), high = row_at(&rows, lane() / 4 + 8);
-    read_left_factor<D>(qs, q + token_of_row(&rows, low, &s) * s.q_row + head_of_row(&rows, low, &s) * D,
-                        q + token_of_row(&rows, high, &s) * s.q_row + head_of_row(&rows, high, &s) * D);
-    const int64_t place[2] = {place_of_row(&rows, low, &s), place_of_row(&rows, high, &s)};
+    work.read_queries(qs, q, &s);
+    const int64_t place[2] = {place_of_row(&rows, work.low, &s), place_of_row(&rows, work.high, &s)};
     read_left_factor<DV>(dos, dout + place[0] * DV, dout + place[1] * DV);
     for (int step = 0; step < DV / 16; step++) {
         unsigned o[1][4];
@@ -1797,17 +1813,13 @@ fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const 
     }
     float sum[D / 8][4] = {{0}};
 
-    int more = next_keys<KEYS>(&walk, &mask);
-    if (more) fetch_keys<D, DV, TEAM>(memory, &walk, keys, values, &s, member);
+    int more = next_keys<KEYS>(&work.walk, &mask);
+    if (more) work.fetch(0, &s);
     cp_async_commit();
     for (int stage = 0; more; stage ^= 1) {
-        const int k0 = walk.k0, end = walk.end;
-        bf16 *key_tile = memory + stage * STAGE, *value_tile = key_tile + KEYS * D;
-        more = next_keys<KEYS>(&walk, &mask);
-        if (more) fetch_keys<D, DV, TEAM>(memory + (stage ^ 1) * STAGE, &walk, keys, values, &s, member);
-        cp_async_commit();
-        cp_async_wait<1>();
-        team_sync<TEAM>();
+        const int k0 = work.walk.k0, end = work.walk.end;
+        bf16 *key_tile = work.memory + stage * Work::STAGE, *value_tile = key_tile + KEYS * D;
+        work.next_tile(stage, &more, &mask, &s);
         const int masked = k0 < seen.all_lo || k0 + KEYS > min32(seen.all_hi, end);
         #pragma unroll 1
         for (int j = 0; j < KEYS; j += STEP) {
@@ -1833,7 +1845,7 @@ fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const 
 
     for (int i = 0; i < 2; i++) {
         if (rows.first + lane() / 4 + i * 8 > rows.last) continue;
-        const int64_t to_place = place_of_row(&rows, i ? high : low, &s);
+        const int64_t to_place = place_of_row(&rows, i ? work.high : work.low, &s);
         const float factor = scale * (gate ? gate[to_place * BRANCHES] : 1);
         float2 *to = (float2 *)(dq + to_place * D + lane() % 4 * 2);      // four lanes write 32 bytes, which is what memory is written in
         #pragma unroll
@@ -1849,7 +1861,7 @@ static void dq_of_shape(float *dq, int accumulate, float *delta, const bf16 *dou
                         const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
     const int teams = TEAM == 1 ? SELECTED_WARPS : 1;
     const int64_t bytes = teams * team_bytes<D, DV, TEAM>();
-    CUDA(cudaFuncSetAttribute((const void *)fast_dq_kernel<D, DV, TEAM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    allow_shared(fast_dq_kernel<D, DV, TEAM>, bytes, FAST_NAME, FAST_FIX);
     fast_dq_kernel<D, DV, TEAM><<<grid(team_items<TEAM>(s), teams), teams * TEAM * WARP, (size_t)bytes>>>(dq, accumulate, delta, dout, gate, out, lse, q, k, v, *mask, *s);
     LAUNCHED();
 }
@@ -2188,7 +2200,7 @@ static void fast_takers(const Takers *takers, const int *block_idx, int64_t n, c
         find_takers(takers, block_idx, n, s);
         return;
     }
-    CUDA(cudaFuncSetAttribute((const void *)takers_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    allow_shared(takers_kernel, bytes, FAST_NAME, FAST_FIX);
     takers_kernel<<<grid(bkv * stretches, 1), WARP, (size_t)bytes>>>(seen, *takers, block_idx, n, *s, stretches, 0);
     takers_count_kernel<<<grid(bkv * takers->blocks, WARP), WARP>>>(seen, *takers, bkv * takers->blocks, stretches);
     takers_start_kernel<<<(unsigned)bkv, PART_THREADS>>>(*takers, s->T * n);
@@ -2206,7 +2218,7 @@ static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate
     const int64_t bytes = dkv_bytes<D, DV, ROWS>(keys);
     fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, *mask, *s, takers ? *takers : none);
     LAUNCHED();
-    CUDA(cudaFuncSetAttribute((const void *)fast_dkv_kernel<D, DV, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    allow_shared(fast_dkv_kernel<D, DV, ROWS>, bytes, FAST_NAME, FAST_FIX);
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
         dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, takers ? *takers : none, partial + parts_header(&p), start, slot, p.tiles);
     LAUNCHED();
@@ -2319,7 +2331,7 @@ static void select_of_shape(float *weights, const bf16 *q, const bf16 *k, const 
     const int64_t tokens = select_tokens<NB>(), per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
     const int64_t first = from / s->T * per_text + from % s->T / tokens, last = to / s->T * per_text + to % s->T / tokens;
     const int64_t bytes = 2 * RANGE_KEYS * D * (int64_t)sizeof(bf16);
-    CUDA(cudaFuncSetAttribute((const void *)fast_select_kernel<D, NB>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    allow_shared(fast_select_kernel<D, NB>, bytes, FAST_NAME, FAST_FIX);
     fast_select_kernel<D, NB><<<grid((last - first + 1) * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, first, *s, *sel);
     LAUNCHED();
 }
@@ -2464,11 +2476,11 @@ struct GateWeightGradient {
 // ----------------------------------------------------------------------------
 // SwiGLU
 
-// gate_up (n,2f) = a | u: h (n,f) = silu(a)·u
+// gate_up (n,2f) = a | u: h (n,f) = silu(a)·u. With `rows` (on the GPU) only so many of the n rows.
 template <typename F, int N>
-__global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int64_t f) {
+__global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int64_t f, const int64_t *rows) {
     const int64_t item = global_thread() * N;
-    if (item >= n * f) return;
+    if (item >= (rows ? *rows : n) * f) return;
     const F *at = gate_up + item / f * 2 * f + item % f;
     const Pack<F, N> a = load<N>(at), u = load<N>(at + f);
     Pack<F, N> y;
@@ -2496,10 +2508,10 @@ __global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n,
 }
 
 template <typename F>
-static void gpu_swiglu_forward(F *h, const F *gate_up, int64_t n, int64_t f) {
+static void gpu_swiglu_forward(F *h, const F *gate_up, int64_t n, int64_t f, const int64_t *rows = NULL) {
     constexpr int N = pack_size<F>;
-    if (packs<F>(f)) swiglu_forward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(h, gate_up, n, f);
-    else swiglu_forward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(h, gate_up, n, f);
+    if (packs<F>(f)) swiglu_forward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(h, gate_up, n, f, rows);
+    else swiglu_forward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(h, gate_up, n, f, rows);
     LAUNCHED();
 }
 
@@ -2602,17 +2614,6 @@ __global__ void share_rows_kernel(int *row_of, int *token, const int *list, cons
     token[i] = list[i] / k;
 }
 
-// h (R,F) = SwiGLU(gate_up)
-template <typename F, int V>
-__global__ void grouped_swiglu_kernel(F *h, const F *gate_up, const int64_t *rows, int64_t f) {
-    const int64_t item = global_thread() * V, i = item / f, j = item % f;
-    if (i >= *rows) return;
-    const Pack<F, V> a = load<V>(gate_up + i * 2 * f + j), u = load<V>(gate_up + i * 2 * f + f + j);
-    Pack<F, V> out;
-    for (int v = 0; v < V; v++) out.of[v] = (F)((float)a.of[v] * sigmoid((float)a.of[v]) * (float)u.of[v]);
-    store<V>(h + item, out);
-}
-
 // A warp a row. dh (R,F) is of the expert's output without its weight w: dweight[share] = <dh, h>. Then the gradient through SwiGLU of
 // w·dh, in place of gate_up; and dh becomes w·h, which makes dW_down from the unweighted gradient of the output.
 template <typename F, int V>
@@ -2667,14 +2668,6 @@ static void combine_shares(F *out, const F *y, const float *weight, const int *r
 }
 
 template <typename F>
-static void grouped_swiglu(F *h, const F *gate_up, const int64_t *rows, int64_t rows_max, int64_t f) {
-    constexpr int WIDE = pack_size<F>;
-    if (packs<F>(f)) grouped_swiglu_kernel<F, WIDE><<<grid(rows_max * f / WIDE, THREADS), THREADS>>>(h, gate_up, rows, f);
-    else grouped_swiglu_kernel<F, 1><<<grid(rows_max * f, THREADS), THREADS>>>(h, gate_up, rows, f);
-    LAUNCHED();
-}
-
-template <typename F>
 static void grouped_swiglu_backward(float *dweight, F *dh, F *gate_up, const Routing *r, const MoeShape *s) {
     constexpr int WIDE = pack_size<F>;
     const int64_t f = s->F, *rows = r->start + s->E;
@@ -2725,7 +2718,7 @@ static void gpu_moe_forward(F *out, F *gate_up, const F *x, const F *experts, co
     const int64_t C = s->C, Fe = s->F;
     const Groups g = expert_groups(r, s);
     gpu_moe_gate_up(gate_up, x, experts, r, s, m);
-    grouped_swiglu(m->h, gate_up, r->start + s->E, g.rows, Fe);
+    gpu_swiglu_forward(m->h, gate_up, g.rows, Fe, r->start + s->E);
     grouped_forward(m->rows, (const F *)m->h, (const int *)NULL, experts + 2 * Fe * C, 3 * Fe * C, Fe, C, &g);
     combine_shares(out, (const F *)m->rows, r->weight, m->row_of, s);
 }
@@ -2747,24 +2740,23 @@ static void gpu_moe_backward(F *dx, float *dexperts, float *dweight, const F *do
     combine_shares(dx, (const F *)m->rows, (const float *)NULL, m->row_of, s);
 }
 
-// moe_losses on the host, from the little that it needs: the logsumexps, the probabilities' sums and the loads.
+// The router's losses and loads, added up on the host from the little that they need: the logsumexps, the probabilities' sums and the loads.
 static void gpu_moe_losses(double *z, double *balance, double *load_sum, const Routing *r, const MoeShape *s, double z_coef, double balance_coef,
                            float *sums, float *parts) {
     float *lse = (float *)xmalloc((size_t)(s->N + s->E) * sizeof(float)), *p = lse + s->N;
+    double *p_sums = (double *)xmalloc((size_t)s->E * sizeof(double));
     int64_t *load = (int64_t *)xmalloc((size_t)s->E * sizeof(int64_t));
     device_zero(sums, s->E * (int64_t)sizeof(float));
     column_sums(sums, s->N, s->E, Plain<float>{r->probs, s->E}, parts);
     to_host(lse, r->lse, s->N * (int64_t)sizeof(float));
     to_host(p, sums, s->E * (int64_t)sizeof(float));
     to_host(load, r->load, s->E * (int64_t)sizeof(int64_t));
-    double squares = 0, sum = 0;
-    for (int64_t i = 0; i < s->N; i++) squares += (double)lse[i] * (double)lse[i];
     for (int e = 0; e < s->E; e++) {
-        sum += (double)load[e] / (double)(s->N * s->k) * ((double)p[e] / (double)s->N);
+        p_sums[e] = (double)p[e];
         load_sum[e] += (double)load[e];
     }
-    *z += z_coef * squares / (double)s->N;
-    *balance += balance_coef * s->E * sum;
+    moe_losses_of_sums(z, balance, lse, p_sums, load, s, z_coef, balance_coef);
+    free(p_sums);
     free(lse);
     free(load);
 }

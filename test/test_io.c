@@ -4,23 +4,7 @@
 
 #define NSA_NO_MAIN
 #include "../train_nsa.c"
-
-int passed = 0, failed = 0;
-
-__attribute__((format(printf, 2, 3)))
-void check(int ok, const char *fmt, ...) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    va_list ap;
-    va_start(ap, fmt);
-    printf("FAILED ");
-    vprintf(fmt, ap);
-    printf("\n");
-    va_end(ap);
-    failed++;
-}
+#include "test/check.h"
 
 char folder[256];  // for files that come and go
 

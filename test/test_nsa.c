@@ -5,26 +5,10 @@
 
 #define NSA_NO_MAIN
 #include "../train_nsa.c"
-#include "fixtures.h"
+#include "test/check.h"
+#include "test/fixtures.h"
 
 static const int sharp = sizeof(real) == sizeof(double);
-static int passed = 0, failed = 0;
-
-// One result. Failing ones say what they saw.
-__attribute__((format(printf, 2, 3)))
-static void check(int ok, const char *fmt, ...) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    va_list ap;
-    va_start(ap, fmt);
-    printf("FAILED ");
-    vprintf(fmt, ap);
-    printf("\n");
-    va_end(ap);
-    failed++;
-}
 
 // ----------------------------------------------------------------------------
 // Helpers

@@ -5,23 +5,7 @@
 
 #define SAMPLE_NO_MAIN
 #include "../sample.c"
-
-int passed = 0, failed = 0;
-
-__attribute__((format(printf, 2, 3)))
-void check(int ok, const char *fmt, ...) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    va_list ap;
-    va_start(ap, fmt);
-    printf("FAILED ");
-    vprintf(fmt, ap);
-    printf("\n");
-    va_end(ap);
-    failed++;
-}
+#include "test/check.h"
 
 // ----------------------------------------------------------------------------
 // Models. Each row changes a few fields of the first.

@@ -10,23 +10,7 @@
 
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
-
-static int passed = 0, failed = 0;
-
-__attribute__((format(printf, 2, 3)))
-static void check(int ok, const char *fmt, ...) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    va_list ap;
-    va_start(ap, fmt);
-    printf("FAILED ");
-    vprintf(fmt, ap);
-    printf("\n");
-    va_end(ap);
-    failed++;
-}
+#include "test/check.h"
 
 static double norm_of(const float *a, int64_t n) {
     double norm = 0;

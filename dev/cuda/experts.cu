@@ -14,6 +14,7 @@ SPDX-License-Identifier: MIT
 
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
+#include "test/check.h"
 
 // ----------------------------------------------------------------------------
 // Version 1
@@ -127,16 +128,10 @@ static void gpu_moe_backward1(F *dx, float *dexperts, float *dweight, const F *d
 // ----------------------------------------------------------------------------
 // Numbers to check with
 
-static int passed = 0, failed = 0;
 static const char *what = "";       // is checked
 
 static void check_error(const char *name, double error, double limit) {
-    if (error <= limit) {
-        passed++;
-        return;
-    }
-    printf("FAILED %s: %s: error %.3g, allowed %.3g\n", what, name, error, limit);
-    failed++;
+    check(error <= limit, "%s: %s: error %.3g, allowed %.3g", what, name, error, limit);
 }
 
 // |a - b| / |b|; NaN is not small.

@@ -1,6 +1,44 @@
 // The little of cuBLASLt that nsa.c calls, for CUDA on the CPU (see cuda_runtime.h).
 #pragma once
-#include "cublas_v2.h"
+#include "cuda_bf16.h"
+
+typedef int cublasStatus_t;
+enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cudaDataType_t { CUDA_R_32F, CUDA_R_16BF };
+typedef cudaDataType_t cudaDataType;
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
+
+struct emu_matrix {     // columns first
+    const void *data;
+    cudaDataType type;
+    int64_t ld, stride;
+    bool turned;
+    float at(int64_t batch, int64_t row, int64_t col) const {
+        const int64_t i = batch * stride + (turned ? row * ld + col : col * ld + row);
+        return type == CUDA_R_32F ? ((const float *)data)[i] : (float)((const __nv_bfloat16 *)data)[i];
+    }
+};
+
+static inline void emu_gemm(int64_t m, int64_t n, int64_t k, float alpha, emu_matrix a, emu_matrix b, float beta, emu_matrix c, int64_t batch) {
+    emu_do([=] {
+        #pragma omp parallel for collapse(2)
+        for (int64_t s = 0; s < batch; s++)
+            for (int64_t j = 0; j < n; j++) {
+                std::vector<float> column((size_t)m, 0.0f);
+                for (int64_t p = 0; p < k; p++) {
+                    const float x = b.at(s, p, j);
+                    for (int64_t i = 0; i < m; i++) column[(size_t)i] += a.at(s, i, p) * x;
+                }
+                for (int64_t i = 0; i < m; i++) {
+                    const float y = alpha * column[(size_t)i] + (beta != 0 ? beta * c.at(s, i, j) : 0);
+                    const int64_t at = s * c.stride + j * c.ld + i;
+                    if (c.type == CUDA_R_32F) ((float *)c.data)[at] = y;
+                    else ((__nv_bfloat16 *)c.data)[at] = __nv_bfloat16(y);
+                }
+            }
+    });
+}
 
 typedef struct emu_lt *cublasLtHandle_t;
 enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB };

@@ -16,6 +16,4 @@ static inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 static inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 static inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
-static inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
 static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { __nv_bfloat16 x; x.bits = u; return x; }
-static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }

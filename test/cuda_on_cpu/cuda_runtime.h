@@ -31,11 +31,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __shared__ static thread_local
-#define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
 #define __CUDA_ARCH__ 900
 
 struct uint3 { unsigned x, y, z; };
@@ -45,15 +42,10 @@ struct dim3 {
 };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static inline int2 make_int2(int x, int y) { return {x, y}; }
-static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // ----------------------------------------------------------------------------
@@ -356,12 +348,6 @@ static inline T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
     return from / width == lane / width ? emu_from_lane<T>(slot, from) : x;
 }
 template <typename T>
-static inline T __shfl_down_sync(unsigned mask, T x, int by, int width = 32) {
-    const int lane = emu::lane_of(emu::worker->current), from = lane + by;
-    const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
-    return from / width == lane / width ? emu_from_lane<T>(slot, from) : x;
-}
-template <typename T>
 static inline T __shfl_up_sync(unsigned mask, T x, int by, int width = 32) {
     const int lane = emu::lane_of(emu::worker->current), from = lane - by;
     const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
@@ -374,21 +360,10 @@ static inline unsigned __ballot_sync(unsigned mask, int yes) {
         if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
     return result;
 }
-static inline int __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
-static inline int __all_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) == mask; }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
-static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
-static inline float emu_expf(float x) { return expf(x); }
-#define __expf emu_expf
-static inline float emu_logf(float x) { return logf(x); }
-#define __logf emu_logf
-static inline float __fdividef(float x, float y) { return x / y; }
-static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-template <typename T> static inline T __ldg(const T *p) { return *p; }
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
-static inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
 
 // ----------------------------------------------------------------------------
 // What PTX does in train_nsa.cu
@@ -474,7 +449,6 @@ typedef double *cudaEvent_t;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum { cudaStreamNonBlocking = 1, cudaStreamDefault = 0 };
 
 struct cudaDeviceProp {
     char name[256];
@@ -492,7 +466,6 @@ static inline void emu_do(std::function<void()> work) {
 
 static inline cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return 0; }
 static inline cudaError_t cudaSetDevice(int) { return 0; }
-static inline cudaError_t cudaGetDevice(int *d) { *d = 0; return 0; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "CUDA on the CPU");
@@ -509,11 +482,9 @@ static inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 static inline const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : "error"; }
 static inline cudaError_t cudaGetLastError() { return 0; }
-static inline cudaError_t cudaPeekAtLastError() { return 0; }
 static inline cudaError_t cudaDeviceSynchronize() { return 0; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
 static inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = nullptr; return 0; }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return 0; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return 0; }
 template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
     *p = (T *)aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -528,12 +499,9 @@ static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, 
     return 0;
 }
 static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind k) { return cudaMemcpyAsync(to, from, n, k); }
-static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_row, const void *from, size_t from_row, size_t width, size_t rows, cudaMemcpyKind, cudaStream_t = nullptr) {
+static inline cudaError_t cudaMemcpy2D(void *to, size_t to_row, const void *from, size_t from_row, size_t width, size_t rows, cudaMemcpyKind) {
     emu_do([=] { for (size_t i = 0; i < rows; i++) memmove((char *)to + i * to_row, (const char *)from + i * from_row, width); });
     return 0;
-}
-static inline cudaError_t cudaMemcpy2D(void *to, size_t to_row, const void *from, size_t from_row, size_t width, size_t rows, cudaMemcpyKind k) {
-    return cudaMemcpy2DAsync(to, to_row, from, from_row, width, rows, k);
 }
 static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t = nullptr) {
     emu_do([=] { memset(p, byte, n); });

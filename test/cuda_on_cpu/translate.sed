@@ -2,4 +2,3 @@
 s/([A-Za-z_][A-Za-z_0-9]*(<[^<>;()]*>)?)<<</emu_launch([=](auto... a) { \1(a...); }, "\1", /g
 s/>>>\(/)(/g
 s/extern __shared__ (.*[^A-Za-z_0-9])([A-Za-z_0-9]+)\[\];/\1 *const \2 = (\1 *)emu_shared();/
-s/^(.*) __align__\([0-9]+\)( .* = .*emu_shared)/\1\2/
