@@ -1,5 +1,5 @@
 # nsa.c. `make` builds the programs, `make run` trains the small model, `make help` lists everything.
-# Needs a C compiler and make. What else it finds, it uses; PORTABLE=1, OPENMP=0, BLAS=1, WERROR=1,
+# Needs a C compiler and make. What else it finds, it uses; PORTABLE=1, OPENMP=0, MPI=0, NCCL=0, BLAS=1, WERROR=1,
 # CC=clang and CFLAGS="..." change that.
 
 ifeq ($(origin CC),default)
@@ -41,7 +41,12 @@ FLAGS = -std=gnu11 $(CFLAGS) $(NATIVE) $(WARNINGS) $(DEFINES) $(or $(OMP),$(SIMD
 SANITIZE = -std=gnu11 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(WARNINGS) $(SIMD_ONLY) -I.
 
 NVCC ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-MPICC := $(shell command -v mpicc)
+# MPI, for runs on several ranks: how mpicc would call the compiler
+ifneq ($(MPI),0)
+  MPICC := $(shell command -v mpicc)
+  MPI_SHOW := $(if $(MPICC),$(shell $(MPICC) -show))
+  MPI_FLAGS := $(if $(MPICC),$(if $(call works,$(filter -I% -L% -l%,$(MPI_SHOW)),$(hash)include <mpi.h>),-DUSE_MPI $(filter -I% -L% -l% -Wl$(,)%,$(MPI_SHOW))))
+endif
 NCCL := $(firstword $(wildcard /usr/include/nccl.h /usr/local/include/nccl.h /usr/local/cuda/include/nccl.h))
 
 PROGRAMS := $(basename $(wildcard train_nsa.c sample.c))
@@ -61,11 +66,14 @@ found:
 	@echo "OpenMP     $(if $(OMP),yes,no: one thread)"
 	@echo "BLAS       $(if $(filter 1,$(BLAS)),$(BLAS_LIBS),not used$(,) BLAS=1 links one)"
 	@echo "nvcc       $(if $(NVCC),$(NVCC),no: CPU programs only)"
-	@echo "MPI        $(if $(MPICC),$(MPICC),no)"
+	@echo "MPI        $(if $(MPI_FLAGS),$(MPICC),$(if $(filter 0,$(MPI)),not used (MPI=0),no$(,) several ranks need --init file: or tcp: (Debian: apt install libopenmpi-dev openmpi-bin)))"
 	@echo "NCCL       $(if $(NCCL),$(NCCL),no)"
 
 # Every program depends on the files that its last compilation read (build/*.d), and on the flags.
 DEPEND = -MMD -MP -MF build/$(notdir $@).d -MT $@
+
+# the programs that may run on several ranks
+train_nsa build/train_nsa_asan: LDLIBS += $(MPI_FLAGS)
 
 train_nsa sample: %: %.c $(EMBEDDED) build/flags
 	$(CC) $(FLAGS) $(DEPEND) $< -o $@ $(LDLIBS)
@@ -86,7 +94,7 @@ build/test_%: test/test_%.c $(EMBEDDED) build/flags
 
 build/flags: FORCE
 	@mkdir -p build
-	@echo '$(CC) $(FLAGS) $(LDLIBS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(LDLIBS)' > $@
+	@echo '$(CC) $(FLAGS) $(LDLIBS) $(MPI_FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(LDLIBS) $(MPI_FLAGS)' > $@
 
 # scripts/modeling_nsa.py goes into every checkpoint: the programs carry it as a string.
 build/modeling_nsa.h: scripts/modeling_nsa.py

@@ -27,7 +27,7 @@ costs little: their scores are the overview's attention weights, which are neede
     ./train_nsa -i book.txt   train on your own text;  ./train_nsa --help  lists everything
 
 The order of the sections; each uses only what stands above it:
-    1. utilities       errors, memory, files, random numbers
+    1. utilities       errors, memory, files, ranks, random numbers
     2. JSON and safetensors
     3. configuration   the model's shape, presets, config.json, the command line
     4. data            tokenizer, token files, the order of training
@@ -44,9 +44,16 @@ SPDX-License-Identifier: MIT
 #include <fcntl.h>
 #include <float.h>
 #include <glob.h>
+#include <ifaddrs.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -55,11 +62,17 @@ SPDX-License-Identifier: MIT
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <time.h>
 #ifdef USE_CBLAS
 #include <cblas.h>
+#endif
+#ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
 #endif
 #include <unistd.h>
 #ifdef _OPENMP
@@ -82,6 +95,11 @@ typedef float real;
 #else
 #define DEVICE
 #endif
+#define INLINE static inline __attribute__((always_inline))
+
+DEVICE INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+DEVICE INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------
 // 1. Utilities: errors, memory, growing text
@@ -95,7 +113,23 @@ static inline void fold_line(char *s) {
     for (; *s; s++) if ((unsigned char)*s < 32 || *s == 127) *s = ' ';
 }
 
-// A usage error exits with 2, a failure of the machine or of a file with 1.
+// This process among those that share the run (see Ranks): alone, it is rank 0 of 1.
+typedef struct Comm {
+    int rank, ranks, local_rank;    // local: among those of this host
+    int shards;         // ranks that share the state of AdamW among them (-z 1), else 1
+    int mpi, *sockets;  // how to reach the others
+    int together;       // in a phase that all ranks end together, and hear who failed in it
+    int started;        // the first step is done
+    int failed;         // the run ends, and nobody waits for the others
+    double timeout, last_tick;      // seconds
+} Comm;
+Comm comm = {0, 1, 0, 1, 0, NULL, 0, 0, 0, 45, 0};
+
+int comm_agree(int code, char *err);
+__attribute__((noreturn)) void comm_quit(int code);
+__attribute__((noreturn, format(printf, 2, 3))) void die_together(int code, const char *fmt, ...);
+
+// A usage error exits with 2, a failure of the machine or of a file with 1. Where several ranks may fail alike, one of them says it.
 __attribute__((noreturn, format(printf, 2, 3)))
 void die(int code, const char *fmt, ...) {
     char line[4 * ERR_LEN];
@@ -104,15 +138,21 @@ void die(int code, const char *fmt, ...) {
     vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
     fold_line(line);
+    if (comm.together) {
+        code = comm_agree(code, line);
+        die_together(code, "%s", line);
+    }
     fflush(stdout);
-    fprintf(stderr, "%s: %s\n", program_name, line);
-    exit(code);
+    if (comm.ranks > 1) fprintf(stderr, "%s: rank %d: %s\n", program_name, comm.rank, line);
+    else fprintf(stderr, "%s: %s\n", program_name, line);
+    comm_quit(code);
 }
 
 __attribute__((format(printf, 1, 2)))
 void warn(const char *fmt, ...) {
     char line[4 * ERR_LEN];
     va_list ap;
+    if (comm.rank) return;      // all ranks have the same reason
     va_start(ap, fmt);
     vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
@@ -203,6 +243,26 @@ void text_add(Text *t, const char *fmt, ...) {
     if (n > 0) vsnprintf(t->data + t->len, (size_t)n + 1, fmt, again);
     va_end(again);
     t->len += n > 0 ? n : 0;
+}
+
+// FNV-1a, of one piece after another
+#define HASH_START UINT64_C(14695981039346656037)
+static inline uint64_t hash_more(uint64_t h, const void *data, int64_t n) {
+    for (int64_t i = 0; i < n; i++) h = (h ^ ((const unsigned char *)data)[i]) * 1099511628211u;
+    return h;
+}
+static inline uint64_t hash_bytes(const char *s, int64_t n) {
+    const uint64_t h = hash_more(HASH_START, s, n);
+    return h ^ (h >> 32);
+}
+
+// Of something that may be larger than memory: then samples of it must do.
+uint64_t hash_large(uint64_t h, const void *data, int64_t n) {
+    enum { BLOCK = 4096, BLOCKS = 4096 };
+    h = hash_more(h, &n, sizeof n);
+    if (n <= BLOCK * BLOCKS) return hash_more(h, data, n);
+    for (int64_t i = 0; i < BLOCKS; i++) h = hash_more(h, (const char *)data + (n - BLOCK) / (BLOCKS - 1) * i, BLOCK);
+    return h;
 }
 
 // ----------------------------------------------------------------------------
@@ -332,6 +392,646 @@ void start_process(char **argv) {
 int64_t total_memory_bytes(void) {
     int64_t pages = (int64_t)sysconf(_SC_PHYS_PAGES), size = (int64_t)sysconf(_SC_PAGESIZE);
     return pages > 0 && size > 0 ? pages * size : 0;
+}
+
+// ----------------------------------------------------------------------------
+// Ranks: the processes that share one run, on one machine or many. They talk through MPI or through plain sockets, and do one thing
+// with either: an exchange, in which every rank has a parcel for each other one. All else is made of exchanges, with sums in the
+// order of the ranks, so that the same ranks get the same bits. Who waits knows for whom: a rank that stays away for --timeout
+// seconds is named, and the run ends.
+
+typedef struct Parcel { const char *out; char *in; int64_t out_bytes, in_bytes; } Parcel;   // to and from one other rank
+
+enum { COMM_CHUNK = 1 << 18 };      // numbers that two ranks exchange at a time
+
+#ifdef USE_MPI
+#define MPI(call) mpi_check((call), #call, __FILE__, __LINE__)
+static void mpi_check(int status, const char *call, const char *file, int line) {
+    if (status != MPI_SUCCESS) die(1, "%s:%d: %s: MPI error %d", file, line, call, status);
+}
+#endif
+
+// Until the first step is done ranks may differ in how long they read files and compile kernels.
+static double comm_patience(void) { return comm.timeout * (comm.started ? 1 : 10); }
+
+// Ends this process, and with it the run. MPI takes the other ranks down; over sockets they see the connection close.
+void comm_quit(int code) {
+    comm.failed = 1;
+    fflush(stdout);
+#ifdef USE_MPI
+    if (comm.mpi) MPI_Abort(MPI_COMM_WORLD, code);
+#endif
+    exit(code);
+}
+
+// The run ends because of ranks that are gone[r]. The lowest of the others says so.
+__attribute__((noreturn))
+static void comm_lost(const char *gone, const char *what) {
+    Text names = {NULL, 0, 0};
+    int speaker = -1, count = 0;
+    for (int r = 0; r < comm.ranks; r++) {
+        if (gone[r]) text_add(&names, "%s%d", count++ ? ", " : "", r);
+        else if (speaker < 0) speaker = r;
+    }
+    if (comm.rank == speaker)
+        fprintf(stderr, "%s: rank%s %s %s: the run ends here, its last checkpoint is whole\n", program_name, count > 1 ? "s" : "", names.data, what);
+    else sleep(3);      // let that line out before MPI takes the others down
+    comm_quit(1);
+}
+
+// Whoever waits may itself be waited for by others, who cannot tell. So, before a rank is named, all are asked: a rank that waits answers,
+// one that hangs does not. Signs pass by the data: under MPI by their tag, on sockets as urgent bytes.
+enum { SIGN_TAG = 1 };
+static const char sign_ask = '?', sign_here = '!';
+
+static void send_sign(int rank, const char *sign) {
+#ifdef USE_MPI
+    MPI_Request request;
+    if (comm.mpi) {
+        MPI(MPI_Isend(sign, 1, MPI_BYTE, rank, SIGN_TAG, MPI_COMM_WORLD, &request));
+        MPI(MPI_Request_free(&request));
+        return;
+    }
+#endif
+    if (send(comm.sockets[rank], sign, 1, MSG_OOB | MSG_NOSIGNAL | MSG_DONTWAIT) < 0) return;      // then it will not answer either
+}
+
+// What a rank knows that waits in an exchange.
+typedef struct Watch { double since, asked; char *heard; } Watch;
+
+static void heard_sign(Watch *w, int rank, char sign) {
+    w->heard[rank] = 1;
+    if (sign == sign_ask) send_sign(rank, &sign_here);
+}
+
+static void watch(Watch *w) {
+    const double answer = fmin(2, comm.timeout / 2);
+    if (!w->asked && now_seconds() - w->since > comm_patience() - answer) {
+        w->asked = now_seconds();
+        memset(w->heard, 0, (size_t)comm.ranks);
+        w->heard[comm.rank] = 1;
+        for (int r = 0; r < comm.ranks; r++) if (r != comm.rank) send_sign(r, &sign_ask);
+    }
+    if (!w->asked || now_seconds() - w->asked < answer) return;
+    char what[96];
+    int all = 1;
+    for (int r = 0; r < comm.ranks; r++) {
+        all &= w->heard[r];
+        w->heard[r] = !w->heard[r];     // now: who is gone
+    }
+    snprintf(what, sizeof what, "gave no sign of life for %g s (--timeout)", comm_patience());
+    if (!all) comm_lost(w->heard, what);
+    w->since = now_seconds();           // it was a long way
+    w->asked = 0;
+}
+
+static void exchange_sockets(Parcel *p, Watch *w) {
+    struct pollfd *fds = (struct pollfd *)xcalloc((size_t)comm.ranks, sizeof *fds);
+    for (;;) {
+        int64_t left = 0;
+        for (int r = 0; r < comm.ranks; r++) {
+            fds[r].fd = comm.sockets[r];
+            fds[r].events = (short)(POLLPRI | (p[r].in_bytes ? POLLIN : 0) | (p[r].out_bytes ? POLLOUT : 0));
+            left += p[r].in_bytes + p[r].out_bytes;
+        }
+        if (!left) break;
+        if (poll(fds, (nfds_t)comm.ranks, 100) < 0 && errno != EINTR) die(1, "cannot wait for the other ranks: %s", strerror(errno));
+        for (int r = 0; r < comm.ranks; r++) {
+            if (fds[r].fd < 0 || !fds[r].revents) continue;
+            ssize_t in = -1, out = -1;
+            char sign;
+            if ((fds[r].revents & POLLPRI) && recv(fds[r].fd, &sign, 1, MSG_OOB | MSG_DONTWAIT) == 1) heard_sign(w, r, sign);
+            errno = EAGAIN;
+            if (p[r].in_bytes && (in = recv(fds[r].fd, p[r].in, (size_t)p[r].in_bytes, MSG_DONTWAIT)) > 0) p[r].in += in, p[r].in_bytes -= in;
+            if (in != 0 && p[r].out_bytes && (out = send(fds[r].fd, p[r].out, (size_t)p[r].out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)) > 0)
+                p[r].out += out, p[r].out_bytes -= out;
+            if (in > 0 || out > 0) w->since = now_seconds();
+            else if (in == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
+                char *gone = (char *)xcalloc((size_t)comm.ranks, 1);
+                gone[r] = 1;
+                comm_lost(gone, "has ended");
+            }
+        }
+        watch(w);
+    }
+    free(fds);
+}
+
+#ifdef USE_MPI
+static void exchange_mpi(Parcel *p, Watch *w) {
+    MPI_Request *request = (MPI_Request *)xmalloc(2 * (size_t)comm.ranks * sizeof *request);
+    for (int r = 0; r < comm.ranks; r++) {
+        request[2 * r] = request[2 * r + 1] = MPI_REQUEST_NULL;
+        if (p[r].in_bytes) MPI(MPI_Irecv(p[r].in, (int)p[r].in_bytes, MPI_BYTE, r, 0, MPI_COMM_WORLD, &request[2 * r]));
+        if (p[r].out_bytes) MPI(MPI_Isend(p[r].out, (int)p[r].out_bytes, MPI_BYTE, r, 0, MPI_COMM_WORLD, &request[2 * r + 1]));
+    }
+    for (int64_t tries = 0;; tries++) {
+        int left = 0, done = 1, there = 0;
+        for (int i = 0; i < 2 * comm.ranks; i++) {
+            if (request[i] == MPI_REQUEST_NULL) continue;
+            MPI(MPI_Test(&request[i], &done, MPI_STATUS_IGNORE));
+            left += !done;
+        }
+        if (!left) break;
+        if (tries < 1000) {
+            sched_yield();
+            continue;
+        }
+        usleep(50);
+        MPI_Status status;
+        MPI(MPI_Iprobe(MPI_ANY_SOURCE, SIGN_TAG, MPI_COMM_WORLD, &there, &status));
+        if (there) {
+            char sign;
+            const int from = status.MPI_SOURCE;
+            MPI(MPI_Recv(&sign, 1, MPI_BYTE, from, SIGN_TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE));
+            heard_sign(w, from, sign);
+        }
+        watch(w);
+    }
+    free(request);
+}
+#endif
+
+// parcels[r] is what this rank and rank r give each other; every rank calls it. The parcels are used up. An MPI message has at most
+// INT_MAX bytes: who has more, cuts.
+static void comm_exchange(Parcel *parcels) {
+    Watch w = {now_seconds(), 0, (char *)xcalloc((size_t)comm.ranks, 1)};
+    memset(&parcels[comm.rank], 0, sizeof parcels[0]);
+#ifdef USE_MPI
+    if (comm.mpi) exchange_mpi(parcels, &w);
+    else
+#endif
+    exchange_sockets(parcels, &w);
+    free(w.heard);
+}
+
+static Parcel *parcels_new(void) { return (Parcel *)xcalloc((size_t)comm.ranks, sizeof(Parcel)); }
+
+// all (ranks,bytes): what each rank has as `mine`.
+void comm_gather(void *all, const void *mine, int64_t bytes) {
+    memcpy((char *)all + comm.rank * bytes, mine, (size_t)bytes);
+    if (comm.ranks == 1) return;
+    Parcel *p = parcels_new();
+    for (int r = 0; r < comm.ranks; r++) {
+        const Parcel parcel = {(const char *)mine, (char *)all + r * bytes, bytes, bytes};
+        p[r] = parcel;
+    }
+    comm_exchange(p);
+    free(p);
+}
+
+// What rank 0 has.
+void comm_broadcast(void *x, int64_t bytes) {
+    if (comm.ranks == 1) return;
+    Parcel *p = parcels_new();
+    if (comm.rank == 0) for (int r = 1; r < comm.ranks; r++) p[r].out = (const char *)x, p[r].out_bytes = bytes;
+    else p[0].in = (char *)x, p[0].in_bytes = bytes;
+    comm_exchange(p);
+    free(p);
+}
+
+// x (n): the sums over the ranks, the same bits on each.
+void comm_sum(double *x, int64_t n) {
+    if (comm.ranks == 1) return;
+    double *all = (double *)xmalloc((size_t)(comm.ranks * min64(n, COMM_CHUNK)) * sizeof(double));
+    for (int64_t i = 0; i < n; i += COMM_CHUNK) {
+        const int64_t m = min64(n - i, COMM_CHUNK);
+        comm_gather(all, x + i, m * (int64_t)sizeof(double));
+        for (int64_t j = 0; j < m; j++) {
+            x[i + j] = all[j];
+            for (int r = 1; r < comm.ranks; r++) x[i + j] += all[r * m + j];
+        }
+    }
+    free(all);
+}
+
+// The least x of all ranks.
+int64_t comm_min(int64_t x) {
+    int64_t *all = (int64_t *)xmalloc((size_t)comm.ranks * sizeof(int64_t));
+    comm_gather(all, &x, sizeof x);
+    for (int r = 0; r < comm.ranks; r++) x = min64(x, all[r]);
+    free(all);
+    return x;
+}
+
+// Which of the numbers [begin,end) are rank's: from, to. All ranks but the last have equally many, and start at whole 64s.
+void comm_share(int64_t begin, int64_t end, int rank, int ranks, int64_t *from, int64_t *to) {
+    const int64_t each = (end - begin) / ranks / 64 * 64;
+    *from = begin + rank * each;
+    *to = rank == ranks - 1 ? end : *from + each;
+}
+
+// The shares of [begin,end) a chunk at a time: that of rank r which starts `at` behind the share's beginning.
+static int64_t comm_chunk(int64_t begin, int64_t end, int rank, int64_t at, int64_t *from) {
+    int64_t to;
+    comm_share(begin, end, rank, comm.ranks, from, &to);
+    *from += at;
+    return max64(0, min64(to - *from, COMM_CHUNK));
+}
+
+// Sums over the ranks, of this rank's share of x[begin..end); what the other shares then hold means nothing.
+void comm_reduce_scatter(real *x, int64_t begin, int64_t end) {
+    if (comm.ranks == 1) return;
+    int64_t from, last_from, last_to, n;
+    real *inbox = (real *)xmalloc((size_t)comm.ranks * COMM_CHUNK * sizeof(real));
+    Parcel *p = parcels_new();
+    comm_share(begin, end, comm.ranks - 1, comm.ranks, &last_from, &last_to);      // the longest
+    for (int64_t at = 0; at < last_to - last_from; at += COMM_CHUNK) {
+        for (int r = 0; r < comm.ranks; r++) {
+            n = comm_chunk(begin, end, r, at, &from);
+            const Parcel parcel = {(const char *)(x + from), (char *)(inbox + (int64_t)r * COMM_CHUNK), n * (int64_t)sizeof(real), 0};
+            p[r] = parcel;
+        }
+        n = comm_chunk(begin, end, comm.rank, at, &from);
+        for (int r = 0; r < comm.ranks; r++) p[r].in_bytes = n * (int64_t)sizeof(real);
+        comm_exchange(p);
+        memcpy(inbox + (int64_t)comm.rank * COMM_CHUNK, x + from, (size_t)n * sizeof(real));
+        #pragma omp parallel for
+        for (int64_t j = 0; j < n; j++) {
+            real sum = inbox[j];
+            for (int r = 1; r < comm.ranks; r++) sum += inbox[(int64_t)r * COMM_CHUNK + j];
+            x[from + j] = sum;
+        }
+    }
+    free(p);
+    free(inbox);
+}
+
+// Every rank gets every share of x[begin..end) from the rank whose it is.
+void comm_all_gather(real *x, int64_t begin, int64_t end) {
+    if (comm.ranks == 1) return;
+    int64_t from, last_from, last_to;
+    Parcel *p = parcels_new();
+    comm_share(begin, end, comm.ranks - 1, comm.ranks, &last_from, &last_to);
+    for (int64_t at = 0; at < last_to - last_from; at += COMM_CHUNK) {
+        const int64_t mine = comm_chunk(begin, end, comm.rank, at, &from);
+        const char *out = (const char *)(x + from);
+        for (int r = 0; r < comm.ranks; r++) {
+            const int64_t n = comm_chunk(begin, end, r, at, &from);
+            const Parcel parcel = {out, (char *)(x + from), mine * (int64_t)sizeof(real), n * (int64_t)sizeof(real)};
+            p[r] = parcel;
+        }
+        comm_exchange(p);
+    }
+    free(p);
+}
+
+// What a rank tells the others when they meet.
+typedef struct Verdict { int32_t busy, code; char line[ERR_LEN]; } Verdict;
+
+// A phase in which a rank may fail, or be busy for long, while the others wait for it. It ends with comm_agree.
+void comm_begin(void) {
+    comm.together = comm.ranks > 1;
+    comm.last_tick = now_seconds();
+}
+
+// In such a phase, now and then: still at work.
+void comm_tick(void) {
+    if (!comm.together || now_seconds() - comm.last_tick < fmin(comm.timeout / 4, 5)) return;
+    Verdict mine, *all = (Verdict *)xmalloc((size_t)comm.ranks * sizeof(Verdict));
+    memset(&mine, 0, sizeof mine);
+    mine.busy = 1;
+    comm_gather(all, &mine, sizeof mine);
+    free(all);
+    comm.last_tick = now_seconds();
+}
+
+// Ends the phase: 0 where no rank failed, else on every rank the code of the lowest one that did, whose message becomes err.
+int comm_agree(int code, char *err) {
+    if (comm.ranks == 1) return code;
+    Verdict mine, *all = (Verdict *)xmalloc((size_t)comm.ranks * sizeof(Verdict));
+    int busy, first = -1, alike = 1;
+    memset(&mine, 0, sizeof mine);
+    mine.code = code;
+    if (code) snprintf(mine.line, sizeof mine.line, "%s", err);
+    do {
+        comm_gather(all, &mine, sizeof mine);
+        busy = 0;
+        for (int r = 0; r < comm.ranks; r++) busy |= all[r].busy;
+    } while (busy);
+    comm.together = 0;
+    for (int r = comm.ranks - 1; r >= 0; r--) if (all[r].code) first = r;
+    if (first < 0) code = 0;
+    else {
+        code = all[first].code;
+        for (int r = 0; r < comm.ranks; r++) alike &= all[r].code == code && !strcmp(all[r].line, all[first].line);
+        if (alike) fail(err, "%s", all[first].line);
+        else fail(err, "rank %d: %s", first, all[first].line);
+    }
+    free(all);
+    return code;
+}
+
+// Ends the run for a reason that every rank has: one says it.
+void die_together(int code, const char *fmt, ...) {
+    char line[4 * ERR_LEN];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(line, sizeof line, fmt, ap);
+    va_end(ap);
+    fold_line(line);
+    fflush(stdout);
+    if (comm.rank == 0) fprintf(stderr, "%s: %s\n", program_name, line);
+    exit(code);     // by comm_close, where the ranks meet once more
+}
+
+// comm_agree, where a failure of any is the end of all.
+void comm_meet(void) {
+    char err[ERR_LEN];
+    const int code = comm_agree(0, err);
+    if (code) die_together(code, "%s", err);
+}
+
+// A name for each of the things that all ranks must have alike, and a hash of it.
+void comm_compare(const char *const *names, const uint64_t *hashes, int n, const char *fix) {
+    uint64_t *all = (uint64_t *)xmalloc((size_t)(comm.ranks * n) * sizeof(uint64_t));
+    comm_gather(all, hashes, n * (int64_t)sizeof(uint64_t));
+    for (int i = 0; i < n; i++)
+        for (int r = 1; r < comm.ranks; r++)
+            if (all[r * n + i] != all[i]) die_together(2, "rank %d has other %s than rank 0: %s", r, names[i], fix);
+    free(all);
+}
+
+// ----------------------------------------------------------------------------
+// How ranks find each other
+
+// The variables in which launchers say who is which. `mpi`: an MPI of this program meets the launcher's.
+static const struct { const char *rank, *ranks; int mpi; } launchers[] = {
+    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", 1}, {"PMI_RANK", "PMI_SIZE", 1}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", 1},
+    {"SLURM_PROCID", "SLURM_NTASKS", 0}, {"RANK", "WORLD_SIZE", 0},
+};
+enum { LAUNCHERS = sizeof launchers / sizeof launchers[0], SLURM_ALLOCATION = 3 };     // a batch script has the latter's, alone as it is
+
+static int env_count(const char *name, int least) {
+    const char *s = getenv(name);
+    char *end;
+    const long x = s ? strtol(s, &end, 10) : -1;
+    return s && end != s && !*end && x >= least && x <= 1 << 16 ? (int)x : -1;
+}
+
+// The launcher whose variables are set, or -1.
+static int find_launcher(int with_init) {
+    for (int i = 0; i < LAUNCHERS; i++) {
+        comm.rank = env_count(launchers[i].rank, 0);
+        comm.ranks = env_count(launchers[i].ranks, 1);
+        if (comm.rank >= 0 && comm.rank < comm.ranks && (with_init || i != SLURM_ALLOCATION)) return i;
+    }
+    comm.rank = 0;
+    comm.ranks = 1;
+    return -1;
+}
+
+// Before ranks can talk they all fail alike, and the first one says why.
+__attribute__((noreturn, format(printf, 2, 3)))
+static void die_apart(int code, const char *fmt, ...) {
+    va_list ap;
+    fflush(stdout);
+    if (comm.rank > 0) sleep(1);
+    else {
+        char line[4 * ERR_LEN];
+        va_start(ap, fmt);
+        vsnprintf(line, sizeof line, fmt, ap);
+        va_end(ap);
+        fold_line(line);
+        fprintf(stderr, "%s: %s\n", program_name, line);
+    }
+    exit(code);
+}
+
+#define MESH_MAGIC UINT64_C(0x6e73612e63303031)
+enum { MESH_NAME = 1024 };      // of the text "HOST HOST ... PORT" that says where a rank listens
+
+typedef struct Greeting { uint64_t magic, secret; int32_t from, to; } Greeting;
+
+static int listen_on(const char *port, int *chosen) {
+    struct addrinfo hints, *list = NULL;
+    struct sockaddr_storage name;
+    socklen_t len = sizeof name;
+    char text[16];
+    int fd = -1, yes = 1;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = AF_INET;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE;
+    if (getaddrinfo(NULL, port, &hints, &list) == 0 && (fd = socket(list->ai_family, SOCK_STREAM, 0)) >= 0 &&
+        (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) < 0 || bind(fd, list->ai_addr, list->ai_addrlen) < 0 || listen(fd, comm.ranks + 16) < 0 ||
+         getsockname(fd, (struct sockaddr *)&name, &len) < 0 || getnameinfo((struct sockaddr *)&name, len, NULL, 0, text, sizeof text, NI_NUMERICSERV) != 0))
+        close(fd), fd = -1;
+    if (fd < 0) die(1, "--init: cannot listen on port %s: %s", port, strerror(errno));
+    freeaddrinfo(list);
+    *chosen = atoi(text);
+    return fd;
+}
+
+// Where this machine can be reached, itself last: "10.0.0.5 127.0.0.1 PORT".
+static void own_name(char name[MESH_NAME], int port) {
+    struct ifaddrs *list = NULL;
+    char host[64];
+    int n = 0;
+    if (getifaddrs(&list) < 0) die(1, "--init: cannot list the network's interfaces: %s", strerror(errno));
+    for (int loopback = 0; loopback < 2; loopback++)
+        for (const struct ifaddrs *a = list; a; a = a->ifa_next)
+            if (a->ifa_addr && a->ifa_addr->sa_family == AF_INET && (a->ifa_flags & IFF_UP) && !(a->ifa_flags & IFF_LOOPBACK) == !loopback &&
+                getnameinfo(a->ifa_addr, sizeof(struct sockaddr_in), host, sizeof host, NULL, 0, NI_NUMERICHOST) == 0 && n + 80 < MESH_NAME)
+                n += snprintf(name + n, sizeof host, "%s ", host);
+    snprintf(name + n, (size_t)(MESH_NAME - n), "%d", port);
+    freeifaddrs(list);
+}
+
+// All bytes of a small message, within the seconds; 0, or -1.
+static int socket_move(int fd, void *data, size_t n, int out, double seconds) {
+    const double end = now_seconds() + seconds;
+    for (size_t done = 0; done < n;) {
+        struct pollfd p = {fd, (short)(out ? POLLOUT : POLLIN), 0};
+        if (now_seconds() > end) return -1;
+        if (poll(&p, 1, 100) <= 0) continue;
+        const ssize_t moved = out ? send(fd, (char *)data + done, n - done, MSG_NOSIGNAL | MSG_DONTWAIT) : recv(fd, (char *)data + done, n - done, MSG_DONTWAIT);
+        if (moved > 0) done += (size_t)moved;
+        else if (moved == 0 || (errno != EAGAIN && errno != EINTR)) return -1;
+    }
+    return 0;
+}
+
+// One try at one address: the rank `to` is there and answers, or -1.
+static int call_address(const struct addrinfo *a, int to, uint64_t *secret) {
+    const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    Greeting hello = {MESH_MAGIC, *secret, comm.rank, to}, answer;
+    if (fd < 0) return -1;
+    struct pollfd p = {fd, POLLOUT, 0};
+    int status = connect(fd, a->ai_addr, a->ai_addrlen) == 0 || errno == EINPROGRESS ? 0 : -1, error = 0;
+    socklen_t len = sizeof error;
+    if (status == 0) status = poll(&p, 1, 3000) == 1 && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && !error ? 0 : -1;
+    if (status == 0) status = socket_move(fd, &hello, sizeof hello, 1, 3);
+    if (status == 0) status = socket_move(fd, &answer, sizeof answer, 0, 30);
+    if (status == 0 && answer.magic == MESH_MAGIC && answer.from == to && answer.to == comm.rank) return *secret = answer.secret, fd;
+    close(fd);
+    return -1;
+}
+
+// Connects to the rank `to`, which listens at one of the hosts of "HOST HOST ... PORT"; -1 where none answers.
+static int call_rank(const char *name, int to, uint64_t *secret) {
+    char *hosts = xstrdup(name), *port = strrchr(hosts, ' '), *rest = hosts;
+    int fd = -1;
+    if (!port) return free(hosts), -1;
+    *port++ = 0;
+    for (char *host; fd < 0 && (host = strsep(&rest, " "));) {
+        struct addrinfo hints, *list = NULL;
+        memset(&hints, 0, sizeof hints);
+        hints.ai_family = AF_INET;
+        hints.ai_socktype = SOCK_STREAM;
+        if (!*host || getaddrinfo(host, port, &hints, &list) != 0) continue;
+        for (const struct addrinfo *a = list; a && fd < 0; a = a->ai_next) fd = call_address(a, to, secret);
+        freeaddrinfo(list);
+    }
+    free(hosts);
+    return fd;
+}
+
+// Takes in `count` ranks that call here. Whoever does not know the secret is none of ours.
+static void answer_calls(int listener, int count, uint64_t expected, uint64_t secret, const char *init) {
+    const double end = now_seconds() + comm_patience();
+    while (count > 0) {
+        struct pollfd p = {listener, POLLIN, 0};
+        if (now_seconds() > end) die(1, "--init %s: %d of %d ranks did not come within %g s", init, count, comm.ranks, comm_patience());
+        if (poll(&p, 1, 100) <= 0) continue;
+        const int fd = accept(listener, NULL, NULL);
+        Greeting hello;
+        if (fd < 0) continue;
+        int good = socket_move(fd, &hello, sizeof hello, 0, 3) == 0 && hello.magic == MESH_MAGIC && hello.secret == expected && hello.to == comm.rank &&
+                   hello.from > comm.rank && hello.from < comm.ranks && comm.sockets[hello.from] < 0;
+        Greeting answer = {MESH_MAGIC, secret, comm.rank, hello.from};
+        if (good && socket_move(fd, &answer, sizeof answer, 1, 3) == 0) comm.sockets[hello.from] = fd, count--;
+        else close(fd);
+    }
+}
+
+// --init tcp:HOST:PORT or file:PATH. All find rank 0, there or by the address that it leaves in the file; it tells them where the
+// others are, and each connects to all before it.
+static void open_sockets(const char *init) {
+    char mine[MESH_NAME], *names = (char *)xcalloc((size_t)comm.ranks, MESH_NAME), err[ERR_LEN], *line = NULL;
+    const char *path = !strncmp(init, "file:", 5) ? init + 5 : NULL, *host = path ? NULL : init + 4, *port = host ? strrchr(host, ':') : "0";
+    uint64_t key = 0, secret = 0;       // key: what one must know to call rank 0; secret: to call anybody
+    int chosen, yes = 1;
+    int64_t len;
+    const double end = now_seconds() + comm_patience();
+    if (path ? !*path : !port || port == host || atoi(port + 1) < 1 || atoi(port + 1) > 65535)
+        die_apart(2, "--init %s: use mpi, file:PATH (a path that every rank sees) or tcp:HOST:PORT (of rank 0)", init);
+    if (comm.rank == 0) {
+        FILE *random = fopen("/dev/urandom", "rb");
+        if (!random || fread(&secret, sizeof secret, 1, random) != 1) die(1, "/dev/urandom: cannot read: %s", strerror(errno));
+        fclose(random);
+        if (path) key = secret;
+    }
+    comm.sockets = (int *)xmalloc((size_t)comm.ranks * sizeof(int));
+    for (int r = 0; r < comm.ranks; r++) comm.sockets[r] = -1;
+    const int listener = listen_on(comm.rank == 0 && host ? port + 1 : "0", &chosen);
+    own_name(mine, chosen);
+    if (comm.rank == 0) {
+        if (path) {     // appears whole, under its name
+            char *part = format("%s.part", path), *text = format("%016" PRIx64 " %s", secret, mine);
+            if (write_file(part, text, (int64_t)strlen(text), err) < 0) die(1, "--init: %s", err);
+            if (rename(part, path) != 0) die(1, "--init: %s: cannot create: %s", path, strerror(errno));
+            free(part);
+            free(text);
+        }
+        answer_calls(listener, comm.ranks - 1, key, secret, init);
+        if (path) unlink(path);
+    } else {
+        char *where = path ? NULL : format("%.*s %s", (int)(port - host), host, port + 1);
+        while (comm.sockets[0] < 0) {       // a file of an earlier run names a port where nobody knows its secret
+            int have = !path;
+            if (path && read_file(path, &line, &len, err) == 0) have = len > 17 && sscanf(line, "%16" SCNx64, &secret) == 1;
+            if (have) comm.sockets[0] = call_rank(path ? line + 17 : where, 0, &secret);
+            free(line);
+            line = NULL;
+            if (comm.sockets[0] >= 0) break;
+            if (now_seconds() > end) die(1, "--init %s: rank %d did not find rank 0 within %g s", init, comm.rank, comm_patience());
+            usleep(50000);
+        }
+        free(where);
+    }
+    // Where everybody listens, by way of rank 0.
+    memcpy(names + (int64_t)comm.rank * MESH_NAME, mine, MESH_NAME);
+    int bad = 0;
+    if (comm.rank == 0) {
+        for (int r = 1; r < comm.ranks; r++) bad |= socket_move(comm.sockets[r], names + (int64_t)r * MESH_NAME, MESH_NAME, 0, comm_patience());
+        for (int r = 1; r < comm.ranks; r++) bad |= socket_move(comm.sockets[r], names, (size_t)comm.ranks * MESH_NAME, 1, comm_patience());
+    } else {
+        bad |= socket_move(comm.sockets[0], mine, MESH_NAME, 1, comm_patience());
+        bad |= socket_move(comm.sockets[0], names, (size_t)comm.ranks * MESH_NAME, 0, comm_patience());
+    }
+    if (bad) die(1, "--init %s: the connection to %s broke", init, comm.rank ? "rank 0" : "a rank");
+    for (int r = 1; r < comm.rank; r++) {
+        uint64_t known = secret;
+        if ((comm.sockets[r] = call_rank(names + (int64_t)r * MESH_NAME, r, &known)) < 0)
+            die(1, "--init %s: rank %d cannot reach rank %d at %s", init, comm.rank, r, names + (int64_t)r * MESH_NAME);
+    }
+    if (comm.rank) answer_calls(listener, comm.ranks - 1 - comm.rank, secret, secret, init);
+    close(listener);
+    for (int r = 0; r < comm.ranks; r++)
+        if (r != comm.rank && setsockopt(comm.sockets[r], IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes) < 0) die(1, "--init %s: %s", init, strerror(errno));
+    free(names);
+}
+
+#ifdef USE_MPI
+static void open_mpi(void) {
+    int level, rank, ranks;
+    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level) != MPI_SUCCESS) die_apart(1, "MPI does not start");
+    comm.mpi = 1;
+    MPI(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
+    MPI(MPI_Comm_rank(MPI_COMM_WORLD, &rank));
+    MPI(MPI_Comm_size(MPI_COMM_WORLD, &ranks));
+    if (ranks != comm.ranks) {
+        comm.mpi = 0;
+        die_apart(2, "%d processes were started, but MPI sees %d: start them with this MPI's mpirun, srun --mpi=pmix, or --init file:PATH", comm.ranks, ranks);
+    }
+    comm.rank = rank;
+}
+#endif
+
+// Where the run ends well, all ranks end together. Where it does not, nobody waits.
+static void comm_close(void) {
+    if (comm.failed || comm.ranks == 1) return;
+    char last = 0, *all = (char *)xmalloc((size_t)comm.ranks);
+    comm_gather(all, &last, 1);
+    free(all);
+#ifdef USE_MPI
+    if (comm.mpi) MPI_Finalize();
+#endif
+}
+
+// The first thing of a program that may be a rank of several. From here on rank 0 alone writes to the terminal.
+void comm_open(int argc, char **argv) {
+    const char *init = NULL;
+    for (int i = 1; i < argc; i++) {        // before the options are parsed, so that the ranks can agree on what is wrong with them
+        if (!strcmp(argv[i], "--init") && i + 1 < argc) init = argv[i + 1];
+        else if (!strncmp(argv[i], "--init=", 7)) init = argv[i] + 7;
+    }
+    const int launcher = find_launcher(init != NULL), sockets = init && (!strncmp(init, "tcp:", 4) || !strncmp(init, "file:", 5));
+    if (init && !sockets && strcmp(init, "mpi") != 0) die_apart(2, "--init must be mpi, file:PATH or tcp:HOST:PORT, not \"%s\"", init);
+    if (init && launcher < 0)
+        die_apart(2, "--init %s: which rank is this, of how many? mpirun and srun say so, or set RANK and WORLD_SIZE", init);
+    if (comm.ranks == 1) return;
+    if (!sockets && !launchers[launcher].mpi && !init)
+        die_apart(2, "%s says that there are %d ranks: how do they find each other? --init mpi, file:PATH or tcp:HOST:PORT", launchers[launcher].ranks, comm.ranks);
+    if (sockets) open_sockets(init);
+    else {
+#ifdef USE_MPI
+        open_mpi();
+#else
+        die_apart(2, "%d ranks were started, but this program was built without MPI: install it (Debian: apt install libopenmpi-dev) and make again, "
+                  "or use --init tcp:HOST:PORT or file:PATH", comm.ranks);
+#endif
+    }
+    if (atexit(comm_close) != 0) die(1, "no memory for the end of the program");
+    if (comm.rank && !freopen("/dev/null", "w", stdout)) die(1, "/dev/null: cannot open: %s", strerror(errno));
+    enum { HOST = 256 };
+    char host[HOST] = "", *hosts = (char *)xmalloc((size_t)comm.ranks * HOST);
+    if (gethostname(host, HOST - 1) != 0) die(1, "this machine has no name: %s", strerror(errno));
+    comm_gather(hosts, host, HOST);
+    for (int r = 0; r < comm.rank; r++) comm.local_rank += !strcmp(hosts + (int64_t)r * HOST, host);
+    free(hosts);
+    comm_begin();
 }
 
 // ----------------------------------------------------------------------------
@@ -730,7 +1430,7 @@ enum { ST_BOOL, ST_U8, ST_I8, ST_U16, ST_I16, ST_F16, ST_BF16, ST_U32, ST_I32, S
 const char *const st_dtype_names[ST_DTYPES] = {"BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"};
 const int st_dtype_bytes[ST_DTYPES] = {1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
 
-enum { ST_MAX_DIMS = 8, ST_MAX_HEADER = 100000000 };  // the latter is also the limit of the Python package
+enum { ST_MAX_DIMS = 8, ST_MAX_HEADER = 100000000, ST_SYNC = 256 << 20 };  // ST_MAX_HEADER is also the limit of the Python package
 
 typedef struct {
     const char *name;
@@ -904,12 +1604,11 @@ int safetensors_read(const SafeTensors *st, const char *name, int dtype, int ndi
     return 0;
 }
 
-// Reads weights in any of the formats that weights come in.
-int safetensors_read_real(const SafeTensors *st, const char *name, int ndim, const int64_t *shape, real *out, char *err) {
-    const StTensor *t = safetensors_expect(st, name, ndim, shape, err);
-    if (!t) return -1;
-    const unsigned char *p = st->data + t->begin;  // maybe not aligned, hence memcpy
-    int64_t n = (t->end - t->begin) / st_dtype_bytes[t->dtype];
+static inline int64_t st_count(const StTensor *t) { return (t->end - t->begin) / st_dtype_bytes[t->dtype]; }
+
+// n numbers of a tensor, from number `first` on, in any of the formats that weights come in.
+int st_tensor_real(const SafeTensors *st, const StTensor *t, int64_t first, int64_t n, real *out, char *err) {
+    const unsigned char *p = st->data + t->begin + first * st_dtype_bytes[t->dtype];  // maybe not aligned, hence memcpy
     switch (t->dtype) {
     case ST_F32:
         for (int64_t i = 0; i < n; i++) {
@@ -933,9 +1632,15 @@ int safetensors_read_real(const SafeTensors *st, const char *name, int ndim, con
         }
         return 0;
     default:
-        return fail(err, "%s: tensor \"%s\" is %s, weights must be F32, BF16 or F64", st->path ? st->path : "safetensors", name,
+        return fail(err, "%s: tensor \"%s\" is %s, weights must be F32, BF16 or F64", st->path ? st->path : "safetensors", t->name,
                     st_dtype_names[t->dtype]);
     }
+}
+
+int safetensors_read_real(const SafeTensors *st, const char *name, int ndim, const int64_t *shape, real *out, char *err) {
+    const StTensor *t = safetensors_expect(st, name, ndim, shape, err);
+    comm_tick();
+    return t ? st_tensor_real(st, t, 0, st_count(t), out, err) : -1;
 }
 
 // ----------------------------------------------------------------------------
@@ -1010,7 +1715,11 @@ int st_writer_header(StWriter *w, char *err) {
 int st_writer_data(StWriter *w, const void *data, int64_t bytes, char *err) {
     if (!w->file) return st_writer_fail(w, "it is not open", err);
     if (bytes > 0 && fwrite(data, 1, (size_t)bytes, w->file) != (size_t)bytes) return st_writer_fail(w, strerror(errno), err);
+    // To the disk now and then, so that the last fsync is not the longest wait of a run.
+    if (w->written / ST_SYNC != (w->written + bytes) / ST_SYNC && (fflush(w->file) != 0 || fsync(fileno(w->file)) != 0))
+        return st_writer_fail(w, strerror(errno), err);
     w->written += bytes;
+    comm_tick();
     return 0;
 }
 
@@ -1738,6 +2447,8 @@ typedef struct Options {
     int schedule, cycles;
     int64_t val_every, val_steps, sample_every, sample_len, checkpoint_every, keep, early_stop;
     int recompute, zero, overfit, skip_bad_steps, threads;
+    const char *init;
+    double timeout;
     int64_t seed;
     unsigned char given[MAX_OPTIONS];  // which rows of the table were on the command line
 } Options;
@@ -1768,6 +2479,7 @@ Options options_default(void) {
     o.checkpoint_every = 600;
     o.keep = 2;
     o.seed = 1337;
+    o.timeout = comm.timeout;
     return o;
 }
 
@@ -1828,8 +2540,8 @@ static const Option train_options[] = {
     GROUP("Optimisation"),
     {'b', "batch", OPT_INT, OF_RUN, AT(batch), "B", 1, 1 << 20, MICRO_BATCH,
      "sequences of one micro-batch"},
-    {'d', "total-batch", OPT_COUNT, OF_RUN, AT(total_batch), "TOKENS", 1, 1e12, "B*T",
-     "tokens of one step, a multiple of B*T: the gradients of several micro-batches are summed"},
+    {'d', "total-batch", OPT_COUNT, OF_RUN, AT(total_batch), "TOKENS", 1, 1e12, "B*T a rank",
+     "tokens of one step, a multiple of B*T and of the ranks: the gradients of several micro-batches are summed"},
     {'l', "lr", OPT_FLOAT, OF_RUN, AT(lr), "X", 0, 10, "from the width: 2e-3 at 128, 6e-4 at 768",
      "peak learning rate"},
     {'u', "warmup", OPT_COUNT, OF_RUN, AT(warmup), "N", 0, 1e12, "steps/15, at most 2000",
@@ -1931,7 +2643,11 @@ static const Option train_options[] = {
     {'r', "recompute", OPT_INT, OF_RUN, AT(recompute), "N", 0, 2, NULL,
      "compute again in the backward pass instead of keeping: 1 the FFNs, 2 whole layers"},
     {'z', "zero", OPT_INT, OF_CALL, AT(zero), "N", 0, 1, NULL,
-     "1 shards the state of AdamW over the ranks (of several GPUs)"},
+     "1 shards the state of AdamW over the ranks; a run goes on with any number of them"},
+    {0, "init", OPT_TEXT, OF_CALL, AT(init), "HOW", 0, 0, "mpi, under mpirun",
+     "how several ranks find each other: mpi, file:PATH that all see, or tcp:HOST:PORT of rank 0"},
+    {0, "timeout", OPT_FLOAT, OF_CALL, AT(timeout), "SECONDS", 1, 1e6, NULL,
+     "how long a rank may be silent before the run ends; ten times as long until the first step is done"},
 };
 #undef AT
 #undef GROUP
@@ -2400,12 +3116,6 @@ void tokenizer_bytes(Tokenizer *t) {
         t->byte_id[i] = i;
         text_put(&t->bytes, &c, 1);
     }
-}
-
-static inline uint64_t hash_bytes(const char *s, int64_t n) {
-    uint64_t h = 14695981039346656037u;
-    for (int64_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 1099511628211u;
-    return h ^ (h >> 32);
 }
 
 static inline uint64_t hash_pair(uint64_t pair) {
@@ -3322,7 +4032,6 @@ int data_val_window(const DataSet *d, int T, int64_t i, int *tokens) {
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum {
@@ -3331,10 +4040,6 @@ enum {
     NRV = 2, NR = NRV * VECTOR,                     // columns of a tile
     KC = 384, MC = 8 * MR, NC = 2048                // cache blocking of the packed product
 };
-
-DEVICE INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-DEVICE INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static inline int thread_count(void) {
 #ifdef _OPENMP
@@ -4587,7 +5292,12 @@ typedef struct Param {
     int ndim;
     int64_t shape[4];
     int64_t offset, count;      // in numbers, from the start of the weights
+    int bucket;                 // 0 the embedding, 1 + l layer l, then the rest: their gradients are done at about the same time
 } Param;
+
+// Numbers [first, first + count) of a tensor, whose AdamW state lies at adam_m + at. Where ranks share the state (-z 1), each has
+// its share of every bucket; else it has all tensors whole.
+typedef struct Piece { int param; int64_t first, count, at; } Piece;
 
 // Where a layer's weights lie. Projections of the same input stand next to each other in the table, so that
 // `wide` is one matrix: q | k of each branch | v of each branch | gate logits (gate = input).
@@ -4627,7 +5337,8 @@ typedef struct StepInfo {
     double dropout;
     uint64_t seed;
     int64_t step, first_sequence;       // the index in the total batch of row 0: dropout masks do not depend on the split
-    double grad_scale;                  // 1 / number of micro-batches
+    double grad_scale;                  // 1 / number of micro-batches of all ranks
+    int last;                           // of this rank's: a layer's gradient is whole when its backward is done
 } StepInfo;
 
 typedef struct Model {
@@ -4635,6 +5346,9 @@ typedef struct Model {
     Param *params;
     int num_params, cap_params;
     int64_t num_elements;
+    int bucket, num_pieces;             // bucket: of the next tensor that is listed
+    Piece *pieces;
+    int64_t state_elements;             // of adam_m, and of adam_v
     real *weights, *grads, *adam_m, *adam_v;
     LayerWeights *layers;
     real *embed, *norm, *head;          // head is embed where tied
@@ -4673,6 +5387,7 @@ static real *add_param(Model *m, int ndim, int64_t a, int64_t b, int64_t c, cons
     p->count = 1;
     for (int i = 0; i < ndim; i++) { p->shape[i] = shape[i]; p->count *= shape[i]; }
     p->offset = m->num_elements;
+    p->bucket = m->bucket;
     m->num_elements += p->count;
     return m->weights ? m->weights + p->offset : NULL;
 }
@@ -4701,10 +5416,12 @@ static void list_params(Model *m) {
     const char *branch[BRANCHES] = {"cmp_", "slc_", "win_"};
     m->num_params = 0;
     m->num_elements = 0;
+    m->bucket = 0;
     m->embed = add_param(m, 2, c->vocab_size, C, 0, "model.embed_tokens.weight");
     for (int l = 0; l < c->num_hidden_layers; l++) {
         LayerWeights *w = &m->layers[l];
         const int full = layer_is_full(c, l), branches = full ? 1 : BRANCHES;
+        m->bucket = 1 + l;
         w->norm1 = add_param(m, 1, C, 0, 0, "model.layers.%d.input_layernorm.weight", l);
         w->wide = add_param(m, 2, H * D, C, 0, "model.layers.%d.self_attn.q_proj.weight", l);
         for (int b = 0; b < branches; b++)
@@ -4741,6 +5458,7 @@ static void list_params(Model *m) {
         if (c->num_shared_experts > 0)
             add_ffn_params(m, &w->gate_up, &w->down, l, "shared_experts.", (int64_t)c->num_shared_experts * c->moe_intermediate_size);
     }
+    m->bucket = 1 + c->num_hidden_layers;
     m->norm = add_param(m, 1, C, 0, 0, "model.norm.weight");
     m->head = c->tie_word_embeddings ? m->embed : add_param(m, 2, c->vocab_size, C, 0, "lm_head.weight");
 }
@@ -4767,17 +5485,58 @@ void model_create(Model *m, const Config *config) {
     list_params(m);
 }
 
-// The number of parameters, from the table alone.
-int64_t count_params(const Config *config) {
+static inline int bucket_count(const Model *m) { return m->config.num_hidden_layers + 2; }
+
+// Where a bucket's numbers lie, whatever stands between its tensors too: [begin,end).
+void bucket_range(const Model *m, int bucket, int64_t *begin, int64_t *end) {
+    *begin = *end = m->num_elements;
+    for (int i = m->num_params - 1; i >= 0 && m->params[i].bucket >= bucket; i--) {
+        if (m->params[i].bucket > bucket) *end = m->params[i].offset;
+        *begin = m->params[i].offset;
+    }
+}
+
+// The numbers of a bucket that this rank updates.
+void bucket_share(const Model *m, int bucket, int64_t *from, int64_t *to) {
+    bucket_range(m, bucket, from, to);
+    if (comm.shards > 1) comm_share(*from, *to, comm.rank, comm.shards, from, to);
+}
+
+// What this rank has the state of: sets pieces and state_elements.
+void list_pieces(Model *m) {
+    free(m->pieces);
+    m->pieces = (Piece *)xmalloc((size_t)m->num_params * sizeof(Piece));
+    m->num_pieces = 0;
+    m->state_elements = 0;
+    int64_t from = 0, to = 0;
+    for (int i = 0; i < m->num_params; i++) {
+        const Param *p = &m->params[i];
+        if (i == 0 || p->bucket != p[-1].bucket) bucket_share(m, p->bucket, &from, &to);
+        const int64_t begin = max64(from, p->offset), end = min64(to, p->offset + p->count);
+        if (begin >= end) continue;
+        const Piece piece = {i, begin - p->offset, end - begin, m->state_elements};
+        m->pieces[m->num_pieces++] = piece;
+        m->state_elements += piece.count;
+    }
+}
+
+// The number of parameters, from the table alone, and in *state (or NULL) of how many this rank has AdamW's state.
+int64_t count_state(const Config *config, int64_t *state) {
     Model m;
     memset(&m, 0, sizeof m);
     m.config = *config;
     m.layers = (LayerWeights *)xcalloc((size_t)config->num_hidden_layers, sizeof(LayerWeights));
     list_params(&m);
+    if (state) {
+        list_pieces(&m);
+        *state = m.state_elements;
+    }
     free(m.layers);
     free(m.params);
+    free(m.pieces);
     return m.num_elements;
 }
+int64_t count_params(const Config *config) { return count_state(config, NULL); }
 
 // Section 3: weights and pos normal(0, 0.02), o_proj and down_proj by 1/sqrt(2L) smaller, norms 1, biases 0 but the gates'.
 void model_init(Model *m, uint64_t seed, const double gate_init[BRANCHES]) {
@@ -4799,7 +5558,7 @@ void model_init(Model *m, uint64_t seed, const double gate_init[BRANCHES]) {
 }
 
 void model_free(Model *m) {
-    void *all[] = {m->params, m->weights, m->grads, m->adam_m, m->adam_v, m->layers, m->acts, m->memory, m->gate_sum, m->gate_count, m->moe_load};
+    void *all[] = {m->params, m->pieces, m->weights, m->grads, m->adam_m, m->adam_v, m->layers, m->acts, m->memory, m->gate_sum, m->gate_count, m->moe_load};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     memset(m, 0, sizeof *m);
 }
@@ -5007,8 +5766,9 @@ int64_t memory_table(const int64_t part[5], Text *table) {
 int64_t model_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
     LayerActs *acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
     Scratch scratch;
-    const int64_t params = count_params(c);
-    const int64_t part[] = {params, train ? params : 0, train ? 2 * params : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
+    int64_t state;
+    const int64_t params = count_state(c, &state);
+    const int64_t part[] = {params, train ? params : 0, train ? 2 * state : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
                             carve_scratch(&scratch, c, B, T, train, NULL) + B * T + max64(T, 1) * c->head_dim +
                                 (int64_t)thread_count() * (PACK_A + PACK_B)};
     free(acts);
@@ -5035,9 +5795,10 @@ void model_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     carve_scratch(&m->scratch, c, B, T, train, m->final_rstd + rstd + acts);
     rope_table(m->rope, T, c->head_dim, c->rope_theta);
     if (train && !m->grads) {
+        list_pieces(m);
         m->grads = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
-        m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
-        m->adam_v = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
+        m->adam_m = (real *)xcalloc((size_t)m->state_elements, sizeof(real));
+        m->adam_v = (real *)xcalloc((size_t)m->state_elements, sizeof(real));
     }
 }
 
@@ -5359,19 +6120,42 @@ void model_zero_grads(Model *m) { memset(m->grads, 0, (size_t)m->num_elements * 
 
 enum { SUM_CHUNK = 1 << 16 };
 
-// The global norm, added up in chunks of fixed size, so that it does not depend on the number of threads.
-double model_grad_norm(const Model *m) {
-    const int64_t chunks = (m->num_elements + SUM_CHUNK - 1) / SUM_CHUNK;
+// The sums of the gradients over the ranks: of all numbers, or of this rank's shares of them.
+void model_reduce_grads(Model *m) {
+    for (int b = 0; b < bucket_count(m); b++) {
+        int64_t begin, end;
+        bucket_range(m, b, &begin, &end);
+        comm_reduce_scatter(m->grads, begin, end);
+        if (comm.shards == 1) comm_all_gather(m->grads, begin, end);
+    }
+}
+
+// Of x (n), added up in chunks of fixed size, so that it does not depend on the number of threads.
+static double square_sum(const real *x, int64_t n) {
+    const int64_t chunks = (n + SUM_CHUNK - 1) / SUM_CHUNK;
     double *sums = (double *)xcalloc((size_t)chunks, sizeof(double)), total = 0;
     #pragma omp parallel for
     for (int64_t i = 0; i < chunks; i++) {
         double sum = 0;
         #pragma omp simd reduction(+ : sum)
-        for (int64_t j = i * SUM_CHUNK; j < min64((i + 1) * SUM_CHUNK, m->num_elements); j++) sum += (double)m->grads[j] * (double)m->grads[j];
+        for (int64_t j = i * SUM_CHUNK; j < min64((i + 1) * SUM_CHUNK, n); j++) sum += (double)x[j] * (double)x[j];
         sums[i] = sum;
     }
     for (int64_t i = 0; i < chunks; i++) total += sums[i];
     free(sums);
+    return total;
+}
+
+// The global norm, over all ranks.
+double model_grad_norm(const Model *m) {
+    if (comm.shards == 1) return sqrt(square_sum(m->grads, m->num_elements));
+    double total = 0;
+    for (int b = 0; b < bucket_count(m); b++) {
+        int64_t from, to;
+        bucket_share(m, b, &from, &to);
+        total += square_sum(m->grads + from, to - from);
+    }
+    comm_sum(&total, 1);
     return sqrt(total);
 }
 
@@ -5379,18 +6163,25 @@ double model_grad_norm(const Model *m) {
 void model_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const real b1 = (real)beta1, b2 = (real)beta2, e = (real)eps, scale = (real)clip;
     const real rate = (real)(lr / (1 - pow(beta1, (double)t))), inverse = (real)(1 / (1 - pow(beta2, (double)t)));
-    for (int i = 0; i < m->num_params; i++) {
-        const Param *p = &m->params[i];
+    for (int i = 0; i < m->num_pieces; i++) {
+        const Piece *piece = &m->pieces[i];
+        const Param *p = &m->params[piece->param];
         const real shrink = (real)(param_decays(p) ? lr * decay : 0);
-        real *w = m->weights + p->offset, *am = m->adam_m + p->offset, *av = m->adam_v + p->offset;
-        const real *grad = m->grads + p->offset;
-        #pragma omp parallel for simd if (p->count > 4096)
-        for (int64_t j = 0; j < p->count; j++) {
+        real *w = m->weights + p->offset + piece->first, *am = m->adam_m + piece->at, *av = m->adam_v + piece->at;
+        const real *grad = m->grads + p->offset + piece->first;
+        #pragma omp parallel for simd if (piece->count > 4096)
+        for (int64_t j = 0; j < piece->count; j++) {
             const real g = grad[j] * scale;
             am[j] = b1 * am[j] + (1 - b1) * g;
             av[j] = b2 * av[j] + (1 - b2) * g * g;
             w[j] -= rate * am[j] / (root(av[j] * inverse) + e) + shrink * w[j];
         }
+    }
+    if (comm.shards == 1) return;
+    for (int b = 0; b < bucket_count(m); b++) {
+        int64_t begin, end;
+        bucket_range(m, b, &begin, &end);
+        comm_all_gather(m->weights, begin, end);
     }
 }
 
@@ -5422,6 +6213,7 @@ void device_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logi
 void device_zero_grads(Model *m);
 double device_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info);
 int device_bad_layer(const Model *m, int64_t n);
+void device_reduce_grads(Model *m);
 double device_grad_norm(const Model *m);
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip);
 #else
@@ -5433,6 +6225,7 @@ void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, d
 #define device_zero_grads model_zero_grads
 #define device_forward_backward model_forward_backward
 #define device_bad_layer model_bad_layer
+#define device_reduce_grads model_reduce_grads
 #define device_grad_norm model_grad_norm
 #define device_adamw model_adamw
 static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
@@ -5682,14 +6475,20 @@ void meta_count(StWriter *w, const char *key, int64_t value) {
     st_writer_meta(w, key, text);
 }
 
-// AdamW's m and v, the full weights where model.safetensors has rounded ones, the progress, the options.
+// The name of the state's file: one, or with -z 1 one of each rank.
+char *state_name(const char *folder, int rank, int ranks) {
+    return ranks == 1 ? format("%s/state.safetensors", folder) : format("%s/state-%05d-of-%05d.safetensors", folder, rank + 1, ranks);
+}
+
+// AdamW's m and v, the full weights where model.safetensors has rounded ones, the progress, the options. Of a tensor that ranks
+// share, each has a list of numbers, and says which of the tensor's is the first.
 int write_state(const Run *run, const Model *model, const char *folder, char *err) {
     StWriter w;
     const Progress *p = &run->progress;
     const char *kinds[] = {"adam_m", "adam_v", "master"};
     const real *values[] = {model->adam_m, model->adam_v, model->weights};
     int count = run->config.torch_dtype == DTYPE_BF16 ? 3 : 2;
-    char *path = format("%s/state.safetensors", folder);
+    char *path = state_name(folder, comm.shards > 1 ? comm.rank : 0, comm.shards);
     int result = st_writer_begin(&w, path, err);
     free(path);
     if (result < 0) return -1;
@@ -5714,17 +6513,30 @@ int write_state(const Run *run, const Model *model, const char *folder, char *er
         free(key);
         free(value.data);
     }
+    for (int i = 0; i < model->num_pieces; i++) {
+        const Piece *piece = &model->pieces[i];
+        const Param *p = &model->params[piece->param];
+        if (piece->count == p->count) continue;
+        char *key = format("first.%s", p->name);
+        meta_count(&w, key, piece->first);
+        free(key);
+    }
     for (int kind = 0; kind < count; kind++)
-        for (int i = 0; i < model->num_params; i++) {
-            char *name = format("%s.%s", kinds[kind], model->params[i].name);
-            st_writer_tensor(&w, name, ST_F32, model->params[i].ndim, model->params[i].shape);
+        for (int i = 0; i < model->num_pieces; i++) {
+            const Piece *piece = &model->pieces[i];
+            const Param *p = &model->params[piece->param];
+            const int whole = piece->count == p->count;
+            char *name = format("%s.%s", kinds[kind], p->name);
+            st_writer_tensor(&w, name, ST_F32, whole ? p->ndim : 1, whole ? p->shape : &piece->count);
             free(name);
         }
     if (st_writer_header(&w, err) < 0) return -1;
     for (int kind = 0; kind < count; kind++)
-        for (int i = 0; i < model->num_params; i++)
-            if (st_writer_real(&w, values[kind] + model->params[i].offset, model->params[i].count, ST_F32, err) < 0)
-                return -1;
+        for (int i = 0; i < model->num_pieces; i++) {
+            const Piece *piece = &model->pieces[i];
+            const int64_t at = kind < 2 ? piece->at : model->params[piece->param].offset + piece->first;
+            if (st_writer_real(&w, values[kind] + at, piece->count, ST_F32, err) < 0) return -1;
+        }
     return st_writer_end(&w, err);
 }
 
@@ -5735,37 +6547,53 @@ int write_folder_file(const char *folder, const char *name, const char *text, in
     return result;
 }
 
-int write_checkpoint_files(const Run *run, const Model *model, const char *folder, char *err) {
-    if (mkdir(folder, 0777) != 0) return fail(err, "%s: cannot create this folder: %s", folder, strerror(errno));
+// What one rank writes for all.
+int write_model_files(const Run *run, const Model *model, const char *folder, char *err) {
     Text config = {NULL, 0, 0};
     config_write(&run->config, &config);
     int result = write_folder_file(folder, "config.json", config.data, config.len, err);
     free(config.data);
-    if (result < 0 || write_weights(run, model, folder, err) < 0 || write_state(run, model, folder, err) < 0) return -1;
+    if (result < 0 || write_weights(run, model, folder, err) < 0) return -1;
     if (run->tokenizer_text &&
         write_folder_file(folder, "tokenizer.json", run->tokenizer_text, run->tokenizer_len, err) < 0)
         return -1;
-    if (write_folder_file(folder, "modeling_nsa.py", modeling_nsa_py, (int64_t)strlen(modeling_nsa_py), err) < 0) return -1;
-    return sync_folder(folder, err);
+    return write_folder_file(folder, "modeling_nsa.py", modeling_nsa_py, (int64_t)strlen(modeling_nsa_py), err);
 }
 
-// Written under another name and renamed when every byte is on the disk: whoever reads OUT/latest, at
+// Written under another name and renamed when every byte of every rank is on the disk: whoever reads OUT/latest, at
 // any moment, finds a whole checkpoint. After an error the earlier ones are as they were.
 int checkpoint_save(const Run *run, const Model *model, char *err) {
     int64_t step = run->progress.step;
+    const int first = comm.rank == 0;
+    int result = 0;
     char *name = format("step_%08" PRId64, step), *folder = format("%s/%s", run->out, name);
     char *temporary = format("%s/.%s.tmp", run->out, name), *aside = format("%s/.%s.old.tmp", run->out, name);
-    remove_folder(temporary);
-    int result = fsync(fileno(run->log)) == 0 ? 0 : fail(err, "%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
-    if (!result) result = write_checkpoint_files(run, model, temporary, err);
-    if (!result && is_there(folder)) rename(folder, aside);  // from before a resume: no link points to it
-    if (!result && rename(temporary, folder) != 0) result = fail(err, "%s: cannot create: %s", folder, strerror(errno));
-    if (!result) result = sync_folder(run->out, err);
-    if (!result) result = point_link(run->out, "latest", name, err);
-    if (!result && run->progress.best_step == step) result = point_link(run->out, "best", name, err);
-    if (!result) result = sync_folder(run->out, err);
-    remove_folder(result < 0 ? temporary : aside);
-    if (!result && run->options.keep) remove_old_checkpoints(run->out, run->options.keep);
+    comm_begin();
+    if (first) {
+        remove_folder(temporary);
+        if (fsync(fileno(run->log)) != 0) result = fail(err, "%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
+        if (!result && mkdir(temporary, 0777) != 0) result = fail(err, "%s: cannot create this folder: %s", temporary, strerror(errno));
+    }
+    result = comm_agree(result, err);
+    if (!result) {
+        comm_begin();
+        if (first) result = write_model_files(run, model, temporary, err);
+        if (!result && (first || comm.shards > 1)) result = write_state(run, model, temporary, err);
+        result = comm_agree(result, err);
+    }
+    comm_begin();
+    if (first) {
+        if (!result) result = sync_folder(temporary, err);
+        if (!result && is_there(folder)) rename(folder, aside);  // from before a resume: no link points to it
+        if (!result && rename(temporary, folder) != 0) result = fail(err, "%s: cannot create: %s", folder, strerror(errno));
+        if (!result) result = sync_folder(run->out, err);
+        if (!result) result = point_link(run->out, "latest", name, err);
+        if (!result && run->progress.best_step == step) result = point_link(run->out, "best", name, err);
+        if (!result) result = sync_folder(run->out, err);
+        remove_folder(result < 0 ? temporary : aside);
+        if (!result && run->options.keep) remove_old_checkpoints(run->out, run->options.keep);
+    }
+    result = comm_agree(result, err);
     free(name);
     free(folder);
     free(temporary);
@@ -5821,42 +6649,105 @@ int read_progress(Progress *p, const SafeTensors *st, char *err) {
     return 0;
 }
 
+// The files of a saved state: one, or one of each rank that wrote it.
+typedef struct StateFiles { SafeTensors *files; int count; } StateFiles;
+
+void state_close(StateFiles *s) {
+    for (int i = 0; i < s->count; i++) safetensors_close(&s->files[i]);
+    free(s->files);
+    memset(s, 0, sizeof *s);
+}
+
+int state_open(StateFiles *s, const char *folder, char *err) {
+    int ranks = 1, result = 0;
+    char *whole = state_name(folder, 0, 1);
+    DIR *dir = is_there(whole) ? NULL : opendir(folder);
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        int rank, of;
+        if (sscanf(e->d_name, "state-%5d-of-%5d.safetensors", &rank, &of) == 2 && of > ranks) ranks = of;
+    }
+    if (dir) closedir(dir);
+    free(whole);
+    s->count = 0;
+    s->files = (SafeTensors *)xcalloc((size_t)ranks, sizeof(SafeTensors));
+    for (int r = 0; r < ranks && !result; r++) {
+        char *path = state_name(folder, r, ranks);
+        result = safetensors_open(&s->files[r], path, err);
+        free(path);
+        if (result < 0) break;
+        s->count++;
+        const char *step = safetensors_meta(&s->files[r], "step"), *first = safetensors_meta(&s->files[0], "step");
+        if (r && (!step || !first || strcmp(step, first) != 0)) result = fail(err, "%s: it is not of the step of the first rank's", s->files[r].path);
+    }
+    if (result < 0) state_close(s);
+    return result;
+}
+
+// Numbers [first, first + count) of `kind`.TENSOR, from the files that have them. The ranks' parts follow each other.
+int state_read(const StateFiles *s, const char *kind, const Param *p, int64_t first, int64_t count, real *out, char *err) {
+    char *name = format("%s.%s", kind, p->name), *key = format("first.%s", p->name);
+    int64_t at = first;
+    int result = 0;
+    for (int f = 0; f < s->count && !result; f++) {
+        const SafeTensors *st = &s->files[f];
+        const char *begin = safetensors_meta(st, key);
+        const StTensor *t = safetensors_find(st, name);
+        int64_t from = 0;
+        if (begin ? !t : s->count > 1 && !t) continue;
+        if (!begin) t = safetensors_expect(st, name, p->ndim, p->shape, err);
+        else if (parse_count(begin, &from) < 0 || from < 0 || from > p->count || st_count(t) > p->count - from)
+            t = NULL, fail(err, "%s: tensor \"%s\" is no part of the configuration's", st->path, name);
+        if (!t) result = -1;
+        else if (from <= at && at < first + count && from + st_count(t) > at) {
+            const int64_t n = min64(first + count, from + st_count(t)) - at;
+            result = st_tensor_real(st, t, at - from, n, out + (at - first), err);
+            at += n;
+        }
+    }
+    if (!result && at < first + count) result = fail(err, "%s: numbers %" PRId64 " to %" PRId64 " of tensor \"%s\" are missing", s->files[0].path, at, first + count, name);
+    comm_tick();
+    free(name);
+    free(key);
+    return result;
+}
+
 // AdamW's state, the unrounded weights and the progress: after checkpoint_load_weights.
 int checkpoint_load_state(Run *run, Model *model, const char *folder, char *err) {
-    SafeTensors st;
-    if (open_tensors(&st, folder, "state.safetensors", err) < 0) return -1;
-    int result = read_progress(&run->progress, &st, err);
-    const char *kinds[] = {"adam_m", "adam_v", "master"};
-    real *values[] = {model->adam_m, model->adam_v, model->weights};
-    for (int kind = 0; kind < 3 && !result; kind++)
-        for (int i = 0; i < model->num_params && !result; i++) {
-            const Param *p = &model->params[i];
-            char *name = format("%s.%s", kinds[kind], p->name);
-            if (kind < 2 || safetensors_find(&st, name))
-                result = safetensors_read_real(&st, name, p->ndim, p->shape, values[kind] + p->offset, err);
-            free(name);
-        }
-    safetensors_close(&st);
+    StateFiles s;
+    if (state_open(&s, folder, err) < 0) return -1;
+    int result = read_progress(&run->progress, &s.files[0], err), has_master = 0;
+    for (int i = 0; i < model->num_pieces && !result; i++) {
+        const Piece *piece = &model->pieces[i];
+        const Param *p = &model->params[piece->param];
+        result = state_read(&s, "adam_m", p, piece->first, piece->count, model->adam_m + piece->at, err);
+        if (!result) result = state_read(&s, "adam_v", p, piece->first, piece->count, model->adam_v + piece->at, err);
+    }
+    for (int i = 0; i < s.files[0].count; i++) has_master |= !strncmp(s.files[0].tensors[i].name, "master.", 7);
+    for (int i = 0; i < model->num_params && !result && has_master; i++) {
+        const Param *p = &model->params[i];
+        result = state_read(&s, "master", p, 0, p->count, model->weights + p->offset, err);
+    }
+    state_close(&s);
     return result;
 }
 
 // The options that a saved run had and this call does not give.
 int checkpoint_load_options(Options *o, const char *folder, char *err) {
-    SafeTensors st;
-    if (open_tensors(&st, folder, "state.safetensors", err) < 0) return -1;
+    StateFiles s;
+    if (state_open(&s, folder, err) < 0) return -1;
     int result = 0;
     for (int i = 0; i < TRAIN_OPTIONS && !result; i++) {
         const Option *row = &train_options[i];
         if (row->type == OPT_GROUP || row->of != OF_RUN || o->given[i]) continue;
         char *key = format("option.%s", row->name), why[ERR_LEN];
-        const char *value = safetensors_meta(&st, key);
+        const char *value = safetensors_meta(&s.files[0], key);
         if (value && option_set(row, o, xstrdup(value), why) < 0)
-            result = fail(err, "%s: metadata \"%s\": %s", st.path, key, why);
+            result = fail(err, "%s: metadata \"%s\": %s", s.files[0].path, key, why);
         else if (!value && row->type != OPT_TEXT && row->type != OPT_LAYERS)
-            warn("%s does not say what %s was: going on with the default", st.path, option_label(row));
+            warn("%s does not say what %s was: going on with the default", s.files[0].path, option_label(row));
         free(key);
     }
-    safetensors_close(&st);
+    state_close(&s);
     return result;
 }
 
@@ -5932,6 +6823,7 @@ void log_moe_load(Text *line, const Config *c, const double *loads) {
 }
 
 void log_step(const Run *run, const Model *model, const StepReport *r) {
+    if (!run->log) return;      // of another rank
     Text line = {NULL, 0, 0};
     text_add(&line, "{\"step\":%" PRId64, run->progress.step);
     if (r->seconds > 0) log_number(&line, ",\"loss\":", r->loss);
@@ -5949,7 +6841,7 @@ void log_step(const Run *run, const Model *model, const StepReport *r) {
         log_number(&line, ",\"tok/s\":", (double)run->options.total_batch / r->seconds);
         log_number(&line, ",\"ms\":", 1e3 * r->seconds);
     }
-    text_add(&line, ",\"mem\":%" PRId64 ",\"ranks\":1", run->memory);
+    text_add(&line, ",\"mem\":%" PRId64 ",\"ranks\":%d", run->memory, comm.ranks);
     if (r->evaluated) log_gates(&line, model);
     if (run->config.num_experts) log_moe_load(&line, &run->config, r->seconds > 0 ? run->moe_load : model->moe_load);
     text_add(&line, "}\n");
@@ -6011,6 +6903,7 @@ void print_sample(Run *run, Model *model) {
            text_known ? "" : " (token numbers: there is no tokenizer.json)");
     for (int64_t i = 0; i < run->options.sample_len && !stop_signal; i++) {
         device_logits(model, context, 1, n, logits, 1);
+        comm_tick();
         int token = sample_token(logits, V, &rng);
         if (token == eos) break;
         if (n == T) memmove(context, context + 1, (size_t)--n * sizeof(int));
@@ -6035,24 +6928,35 @@ void print_sample(Run *run, Model *model) {
 // ----------------------------------------------------------------------------
 // One validation, one step
 
-// Mean cross entropy over the first val_steps batches of the validation data, or all there are. The
+// Mean cross entropy over the first val_steps batches of the validation data, or all there are; ranks take turns. The
 // last batch may have fewer rows.
 double evaluate(Run *run, Model *model) {
-    int B = run->options.batch, T = run->options.seq_len;
-    double sum = 0;
-    int64_t windows = 0, limit = run->options.val_steps ? run->options.val_steps * B : INT64_MAX;
+    const int B = run->options.batch, T = run->options.seq_len, L = run->config.num_hidden_layers;
+    const int64_t all = data_val_windows(&run->val, T), windows = run->options.val_steps ? min64(all, run->options.val_steps * B) : all;
+    const int64_t batches = (windows + B - 1) / B;
+    double *sums = (double *)xcalloc((size_t)(batches + L), sizeof(double)), *counts = sums + batches, sum = 0;
     model_stats_reset(model);
-    for (int rows = B; rows == B && windows < limit; windows += rows) {
-        for (rows = 0; rows < B && data_val_window(&run->val, T, windows + rows, run->window); rows++) {
-            memcpy(run->tokens + (int64_t)rows * T, run->window, (size_t)T * sizeof(int));
-            memcpy(run->targets + (int64_t)rows * T, run->window + 1, (size_t)T * sizeof(int));
+    for (int64_t i = comm.rank; i < batches; i += comm.ranks) {
+        const int rows = (int)min64(B, windows - i * B);
+        for (int64_t row = 0; row < rows; row++) {
+            data_val_window(&run->val, T, i * B + row, run->window);
+            memcpy(run->tokens + row * T, run->window, (size_t)T * sizeof(int));
+            memcpy(run->targets + row * T, run->window + 1, (size_t)T * sizeof(int));
         }
-        if (rows) sum += rows * device_evaluate(model, run->tokens, run->targets, rows, T);
+        sums[i] = rows * device_evaluate(model, run->tokens, run->targets, rows, T);
     }
+    for (int l = 0; l < L; l++) counts[l] = (double)model->gate_count[l];
+    comm_sum(sums, batches + L);
+    comm_sum(model->gate_sum, L * BRANCHES);
+    comm_sum(model->moe_load, (int64_t)L * run->config.num_experts);
+    for (int l = 0; l < L; l++) model->gate_count[l] = (int64_t)counts[l];
+    for (int64_t i = 0; i < batches; i++) sum += sums[i];       // in order, for any ranks
+    free(sums);
     return sum / (double)windows;
 }
 
-// Gradients of the whole batch, micro-batch by micro-batch, then one update.
+// Gradients of the whole batch, micro-batch by micro-batch, then one update. Ranks take its sequences in their order.
+enum { NO_LAYER = INT_MAX };
 StepReport train_step(Run *run, Model *model) {
     const Options *o = &run->options;
     Progress *p = &run->progress;
@@ -6064,42 +6968,56 @@ StepReport train_step(Run *run, Model *model) {
     info.dropout = o->dropout;
     info.seed = (uint64_t)o->seed;
     info.step = p->step;
-    info.grad_scale = 1.0 / run->accumulation;
+    info.grad_scale = 1.0 / ((double)run->accumulation * comm.ranks);
     device_zero_grads(model);
     model_stats_reset(model);
-    order_seek(&run->order, o->overfit ? 0 : p->sequence);
+    const int64_t mine = (int64_t)comm.rank * run->accumulation * B;
+    int64_t bad_layer = NO_LAYER;
+    order_seek(&run->order, (o->overfit ? 0 : p->sequence) + mine);
     for (int micro = 0; micro < run->accumulation; micro++) {
-        info.first_sequence = (int64_t)micro * B;
+        info.first_sequence = mine + (int64_t)micro * B;
+        info.last = micro == run->accumulation - 1;
         for (int row = 0; row < B; row++) {
             order_next(&run->order, &run->train, run->window);
             memcpy(run->tokens + (int64_t)row * T, run->window, (size_t)T * sizeof(int));
             memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof(int));
         }
         r.loss += device_forward_backward(model, run->tokens, run->targets, B, T, &info) * info.grad_scale;
-        if (!isfinite(model->loss) && !*r.where) {
-            const int layer = device_bad_layer(model, (int64_t)B * T), layers = run->config.num_hidden_layers;
-            if (layer >= layers) snprintf(r.where, sizeof r.where, ", first in the output head");
-            else if (layer < 0) snprintf(r.where, sizeof r.where, ", first in the embedding");
-            else snprintf(r.where, sizeof r.where, ", first in layer %d", layer);
-        }
+        if (!isfinite(model->loss) && bad_layer == NO_LAYER) bad_layer = device_bad_layer(model, (int64_t)B * T);
         r.moe_z += model->moe_z * info.grad_scale;
         r.moe_balance += model->moe_balance * info.grad_scale;
     }
+    double sums[] = {r.loss, r.moe_z, r.moe_balance};
+    comm_sum(sums, 3);
+    r.loss = sums[0];
+    r.moe_z = sums[1];
+    r.moe_balance = sums[2];
+    if (!isfinite(r.loss)) {
+        const int64_t layer = comm_min(bad_layer), layers = run->config.num_hidden_layers;
+        if (layer >= layers) snprintf(r.where, sizeof r.where, ", first in the output head");
+        else if (layer < 0) snprintf(r.where, sizeof r.where, ", first in the embedding");
+        else snprintf(r.where, sizeof r.where, ", first in layer %d", (int)layer);
+    }
+    device_reduce_grads(model);
     const Config *c = &run->config;
-    if (c->num_experts) memcpy(run->moe_load, model->moe_load, (size_t)c->num_hidden_layers * (size_t)c->num_experts * sizeof(double));
+    if (c->num_experts) {
+        memcpy(run->moe_load, model->moe_load, (size_t)c->num_hidden_layers * (size_t)c->num_experts * sizeof(double));
+        comm_sum(run->moe_load, (int64_t)c->num_hidden_layers * c->num_experts);
+    }
     r.lr = learning_rate(o, p->step);
     r.grad_norm = device_grad_norm(model);
     p->step++;
-    p->sequence += (int64_t)run->accumulation * B;
+    p->sequence += (int64_t)comm.ranks * run->accumulation * B;
     p->tokens += o->total_batch;
     // One infinity or NaN in the gradients would make every weight NaN.
     r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
     if (r.skipped && !o->skip_bad_steps)
-        die(1, "step %" PRId64 ": the %s is not finite (%g%s): try a lower --lr, or --skip-bad-steps to pass over such steps",
+        die_together(1, "step %" PRId64 ": the %s is not finite (%g%s): try a lower --lr, or --skip-bad-steps to pass over such steps",
             p->step, isfinite(r.loss) ? "gradient" : "loss", isfinite(r.loss) ? r.grad_norm : r.loss, r.where);
     double clip = o->grad_clip > 0 && r.grad_norm > o->grad_clip ? o->grad_clip / r.grad_norm : 1;
     if (!r.skipped) device_adamw(model, r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, p->step, clip);
     r.seconds = now_seconds() - start;
+    comm.started = 1;
     return r;
 }
 
@@ -6121,16 +7039,26 @@ char *numbered_out(int free_one) {
     return free_one ? format("out/run_%03ld", last + 1) : last ? format("out/run_%03ld", last) : NULL;
 }
 
-// Makes the folder of the run. Another program may have taken the number meanwhile.
+// Makes the folder of the run. Another program may have taken the number meanwhile. Other ranks find the first one's.
 void make_out(Run *run) {
-    char err[ERR_LEN];
+    char err[ERR_LEN], name[PATH_MAX] = "";
     int numbered = !run->options.out && !run->options.resume;
-    if (numbered && make_folders("out", err) < 0) die(1, "%s", err);
-    while (numbered && mkdir(run->out, 0777) != 0 && errno == EEXIST) {
-        free(run->out);
-        run->out = numbered_out(1);
+    if (comm.rank == 0) {
+        if (numbered && make_folders("out", err) < 0) die(1, "%s", err);
+        while (numbered && mkdir(run->out, 0777) != 0 && errno == EEXIST) {
+            free(run->out);
+            run->out = numbered_out(1);
+        }
+        if (make_folders(run->out, err) < 0) die(1, "%s", err);
+        snprintf(name, sizeof name, "%s", run->out);
     }
-    if (make_folders(run->out, err) < 0) die(1, "%s", err);
+    if (comm.ranks == 1) return;
+    comm_meet();
+    comm_broadcast(name, sizeof name);
+    comm_begin();
+    free(run->out);
+    run->out = xstrdup(name);
+    if (!is_folder(run->out)) die(1, "%s, the folder of the run, is not to be seen here: it must be on a disk that all ranks share", run->out);
 }
 
 // Which folder to write, which to start from.
@@ -6220,13 +7148,12 @@ void find_config(Run *run) {
 void choose_micro_batch(Options *o, const Config *c) {
 #ifdef NSA_GPU
     if (option_given(o, &o->batch) || o->resume) return;
-    const int64_t sequences = (o->total_batch ? o->total_batch : (int64_t)o->batch * o->seq_len) / o->seq_len, free_bytes = device_memory() / 20 * 19;
-    for (int64_t B = min64(sequences, INT_MAX / o->seq_len); B > 0; B--) {
-        if (sequences % B || device_bytes(c, B, o->seq_len, o->recompute, !o->evaluate_only, NULL) > free_bytes) continue;
-        o->batch = (int)B;
-        return;
-    }
-    o->batch = 1;       // run_model says what does not fit
+    const int64_t sequences = o->total_batch ? o->total_batch / o->seq_len / comm.ranks : o->batch, free_bytes = device_memory() / 20 * 19;
+    int64_t B = max64(1, min64(sequences, INT_MAX / o->seq_len));       // 1: run_model says what does not fit
+    while (B > 1 && (sequences % B || device_bytes(c, B, o->seq_len, o->recompute, !o->evaluate_only, NULL) > free_bytes)) B--;
+    comm_meet();
+    o->batch = (int)comm_min(B);
+    comm_begin();
 #else
     (void)o, (void)c;
 #endif
@@ -6241,13 +7168,20 @@ void complete_options(Run *run) {
     if (micro > INT_MAX)
         die(2, "-b %d times -t %d is more than %d tokens in a micro-batch: use a smaller -b", o->batch, o->seq_len,
             INT_MAX);
-    if (!o->total_batch) o->total_batch = micro;
-    if (o->total_batch % micro)
-        die(2, "-d (--total-batch) %" PRId64 " must be a multiple of -b %d times -t %d: use -d %" PRId64,
-            o->total_batch, o->batch, o->seq_len, (o->total_batch / micro + 1) * micro);
-    if (o->total_batch / micro > INT_MAX)
+    const int64_t least = micro * comm.ranks;
+    if (!o->total_batch) o->total_batch = least;
+    if (o->total_batch % least) {
+        char ranks[32] = "", other[32] = "";
+        int64_t each = o->total_batch / o->seq_len / comm.ranks, b = o->batch;      // sequences of a rank
+        while (each && each % b) b--;
+        if (comm.ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks times ", comm.ranks);
+        if (each * o->seq_len * comm.ranks == o->total_batch) snprintf(other, sizeof other, ", or -b %" PRId64, b);
+        die(2, "-d (--total-batch) %" PRId64 " must be a multiple of %s-b %d times -t %d: use -d %" PRId64 "%s",
+            o->total_batch, ranks, o->batch, o->seq_len, (o->total_batch / least + 1) * least, other);
+    }
+    if (o->total_batch / least > INT_MAX)
         die(2, "-d (--total-batch) %" PRId64 " is too large for -b %d", o->total_batch, o->batch);
-    run->accumulation = (int)(o->total_batch / micro);
+    run->accumulation = (int)(o->total_batch / least);
     if (o->lr < 0) {  // wider models want smaller steps
         double lr = 2e-3 * pow(128.0 / run->config.hidden_size, 2.0 / 3);
         o->lr = lr < 2e-3 ? lr : 2e-3;
@@ -6281,13 +7215,41 @@ void open_data(Run *run) {
     order_init(&run->order, &run->train, o->seq_len, (uint64_t)o->seed);
 }
 
+static uint64_t hash_data(uint64_t h, const DataSet *d) {
+    for (int i = 0; i < d->num_streams; i++) h = hash_large(h, d->streams[i].tokens, d->streams[i].count * d->streams[i].width);
+    return h;
+}
+
+// Ranks that differ in what they were told or read would train nonsense.
+void compare_ranks(const Run *run) {
+    const char *names[] = {"options", "a model", "a tokenizer", "training data", "validation data"};
+    enum { KINDS = sizeof names / sizeof names[0] };
+    Text options = {NULL, 0, 0}, config = {NULL, 0, 0};
+    for (int i = 0; i < TRAIN_OPTIONS; i++) {
+        const Option *o = &train_options[i];
+        // names of files may differ from machine to machine, what is in them may not
+        if (o->type == OPT_GROUP || o->type == OPT_TEXT || o->offset == offsetof(Options, threads)) continue;
+        option_text(o, &run->options, &options);
+        text_put(&options, ",", 1);
+    }
+    config_write(&run->config, &config);
+    const uint64_t hashes[KINDS] = {hash_more(HASH_START, options.data, options.len), hash_more(HASH_START, config.data, config.len),
+        hash_more(HASH_START, run->tokenizer_text, run->tokenizer_len), hash_data(HASH_START, &run->train), hash_data(HASH_START, &run->val)};
+    comm_compare(names, hashes, KINDS, "start every rank with the same options on copies of the same files");
+    free(options.data);
+    free(config.data);
+}
+
 // Everything up to, but not including, the model's memory.
 void run_prepare(Run *run, int argc, char **argv) {
     memset(run, 0, sizeof *run);
     Options *o = &run->options;
     *o = options_default();
     options_parse(train_options, TRAIN_OPTIONS, o, o->given, argc, argv);
+    comm.timeout = o->timeout;
+    comm.shards = o->zero ? comm.ranks : 1;
     if (o->help) {
+        comm_meet();
         train_help();
         if (fflush(stdout) != 0) die(1, "cannot write to the standard output: %s", strerror(errno));
         exit(0);
@@ -6311,6 +7273,9 @@ void run_prepare(Run *run, int argc, char **argv) {
     if (o->threads) omp_set_num_threads(o->threads);
 #endif
     open_data(run);
+    comm_meet();
+    compare_ranks(run);
+    comm_begin();
     int64_t micro = (int64_t)o->batch * o->seq_len;
     run->tokens = (int *)xmalloc((size_t)micro * sizeof(int));
     run->targets = (int *)xmalloc((size_t)micro * sizeof(int));
@@ -6352,16 +7317,19 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
                human_count((double)run->train.tokens), human_count((double)run->val.tokens),
                o->val_data ? " from " : "", o->val_data ? o->val_data : "");
         const char *schedule = choice_name(SCHEDULE_NAMES, o->schedule, &len);
-        printf("training   steps %" PRId64 " to %" PRId64 " of %s tokens (%d x %d x %d): %.2f epochs\n",
-               run->progress.step + 1, o->max_steps, human_count((double)o->total_batch), run->accumulation, o->batch,
+        char ranks[32] = "";
+        if (comm.ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks x ", comm.ranks);
+        printf("training   steps %" PRId64 " to %" PRId64 " of %s tokens (%s%d x %d x %d): %.2f epochs\n",
+               run->progress.step + 1, o->max_steps, human_count((double)o->total_batch), ranks, run->accumulation, o->batch,
                o->seq_len, (double)o->max_steps * (double)o->total_batch / (double)run->train.tokens);
         printf("rate       %g, %.*s, warm-up %" PRId64 " steps\n", o->lr, len, schedule, o->warmup);
     }
     printf("memory     %s, counted before it is taken\n%s", human_bytes((double)run->memory), memory->data);
     Text machine = {NULL, 0, 0};
     device_describe(&run->config, &machine);
-    printf("machine    %s%s\n", machine.data, o->zero ? "; -z 1 has nothing to shard: one process" : "");
+    printf("machine    %s%s\n", machine.data, o->zero && comm.ranks == 1 ? "; -z 1 has nothing to shard: one process" : "");
     free(machine.data);
+    if (comm.ranks > 1) printf("ranks      %d%s\n", comm.ranks, o->zero ? ", each with its share of AdamW's state" : "");
     if (run->out) printf("output     %s\n", run->out);
     printf("\n");
     fflush(stdout);
@@ -6393,11 +7361,14 @@ void run_model(Run *run, Model *model) {
             run->out, run->progress.stale);
     device_store(model);
     if (run->out) make_out(run);
+    if (run->out && comm.rank == 0) log_open(run);
+    if (run->out && comm.rank == 0 && o->resume) remove_leftovers(run->out);
+    comm_meet();
+    const char *const names[] = {"weights", "progress"};
+    const uint64_t hashes[] = {hash_large(HASH_START, model->weights, model->num_elements * (int64_t)sizeof(real)), (uint64_t)run->progress.step};
+    comm_compare(names, hashes, 2, "every rank must start from a copy of the same checkpoint");
     print_header(run, model, &table);
     free(table.data);
-    if (!run->out) return;
-    log_open(run);
-    if (o->resume) remove_leftovers(run->out);
 }
 
 // ----------------------------------------------------------------------------
@@ -6427,7 +7398,7 @@ void run_evaluate(Run *run, Model *model) {
     r.val_loss = evaluate(run, model);
     r.evaluated = 1;
     if (run->log) log_step(run, model, &r);
-    if (!isfinite(r.val_loss)) die(1, "the validation loss is not finite (%g)", r.val_loss);
+    if (!isfinite(r.val_loss)) die_together(1, "the validation loss is not finite (%g)", r.val_loss);
     printf("val_loss %#.10g\n", r.val_loss);
     if (fflush(stdout) != 0) die(1, "cannot write to the standard output: %s", strerror(errno));
 }
@@ -6446,6 +7417,7 @@ void run_train(Run *run, Model *model) {
     char err[ERR_LEN];
     int64_t first = p->step;
     double start = now_seconds();
+    int stopped = 0;
     for (int done = 0; !done;) {
         StepReport r = train_step(run, model);
         int better = 0, every_step_done = p->step >= o->max_steps;
@@ -6455,24 +7427,31 @@ void run_train(Run *run, Model *model) {
             better = note_validation(p, r.val_loss);
         }
         int early = o->early_stop && p->stale >= o->early_stop;
-        done = every_step_done || early || stop_signal;
+        double stop = stop_signal != 0;
+        comm_sum(&stop, 1);     // a signal may reach some ranks only
+        done = every_step_done || early || stop > 0;
         log_step(run, model, &r);
         print_step(run, &r, (now_seconds() - start) / (double)(p->step - first) * (double)(o->max_steps - p->step));
         if (r.evaluated && !isfinite(r.val_loss)) {     // not worth a checkpoint, nor the loss of an older one
             const char *latest = existing(format("%s/latest", run->out));
-            die(1, "step %" PRId64 ": the validation loss is not finite (%g): try a lower --lr%s%s", p->step, r.val_loss,
+            die_together(1, "step %" PRId64 ": the validation loss is not finite (%g): try a lower --lr%s%s", p->step, r.val_loss,
                 latest ? "; the last checkpoint is kept: " : "", latest ? latest : "");
         }
         if (done || (o->checkpoint_every && p->step % o->checkpoint_every == 0) || (o->early_stop && better)) {
             device_fetch(model);
-            if (checkpoint_save(run, model, err) < 0) die(1, "no checkpoint of step %" PRId64 ": %s", p->step, err);
+            if (checkpoint_save(run, model, err) < 0) die_together(1, "no checkpoint of step %" PRId64 ": %s", p->step, err);
         }
         if (early && !every_step_done)
             printf("stopped early: no better validation than %.4f at step %" PRId64 "\n", p->best_val, p->best_step);
-        if (o->sample_every && !stop_signal && (done || p->step % o->sample_every == 0)) print_sample(run, model);
+        stopped = stop > 0;
+        if (o->sample_every && !stopped && (done || p->step % o->sample_every == 0)) {
+            comm_begin();
+            if (comm.rank == 0) print_sample(run, model);
+            comm_meet();
+        }
     }
-    if (fclose(run->log) != 0) die(1, "%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
-    if (stop_signal && p->step < o->max_steps) {
+    if (run->log && fclose(run->log) != 0) die(1, "%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
+    if (stopped && p->step < o->max_steps) {
         printf("stopped by a signal after step %" PRId64 " of %" PRId64 ", saved in %s/latest: ./%s -y -o %s continues\n",
                p->step, o->max_steps, run->out, program_name, run->out);
         return;
@@ -6487,6 +7466,7 @@ int train_main(int argc, char **argv) {
     Run run;
     Model model;
     start_process(argv);
+    comm_open(argc, argv);
     run_prepare(&run, argc, argv);
     run_model(&run, &model);
     if (run.options.evaluate_only) run_evaluate(&run, &model);
