@@ -748,7 +748,7 @@ void comm_compare(const char *const *names, const uint64_t *hashes, int n, const
     comm_gather(all, hashes, n * (int64_t)sizeof(uint64_t));
     for (int i = 0; i < n; i++)
         for (int r = 1; r < comm.ranks; r++)
-            if (all[r * n + i] != all[i]) die_together(2, "rank %d has other %s than rank 0: %s", r, names[i], fix);
+            if (all[r * n + i] != all[i]) die_together(2, "rank %d differs from rank 0 in %s: %s", r, names[i], fix);
     free(all);
 }
 
@@ -7222,7 +7222,7 @@ static uint64_t hash_data(uint64_t h, const DataSet *d) {
 
 // Ranks that differ in what they were told or read would train nonsense.
 void compare_ranks(const Run *run) {
-    const char *names[] = {"options", "a model", "a tokenizer", "training data", "validation data"};
+    const char *names[] = {"the model", "the options", "the tokenizer", "the training data", "the validation data"};
     enum { KINDS = sizeof names / sizeof names[0] };
     Text options = {NULL, 0, 0}, config = {NULL, 0, 0};
     for (int i = 0; i < TRAIN_OPTIONS; i++) {
@@ -7233,7 +7233,7 @@ void compare_ranks(const Run *run) {
         text_put(&options, ",", 1);
     }
     config_write(&run->config, &config);
-    const uint64_t hashes[KINDS] = {hash_more(HASH_START, options.data, options.len), hash_more(HASH_START, config.data, config.len),
+    const uint64_t hashes[KINDS] = {hash_more(HASH_START, config.data, config.len), hash_more(HASH_START, options.data, options.len),
         hash_more(HASH_START, run->tokenizer_text, run->tokenizer_len), hash_data(HASH_START, &run->train), hash_data(HASH_START, &run->val)};
     comm_compare(names, hashes, KINDS, "start every rank with the same options on copies of the same files");
     free(options.data);
@@ -7364,7 +7364,7 @@ void run_model(Run *run, Model *model) {
     if (run->out && comm.rank == 0) log_open(run);
     if (run->out && comm.rank == 0 && o->resume) remove_leftovers(run->out);
     comm_meet();
-    const char *const names[] = {"weights", "progress"};
+    const char *const names[] = {"the weights", "the step"};
     const uint64_t hashes[] = {hash_large(HASH_START, model->weights, model->num_elements * (int64_t)sizeof(real)), (uint64_t)run->progress.step};
     comm_compare(names, hashes, 2, "every rank must start from a copy of the same checkpoint");
     print_header(run, model, &table);

@@ -6,13 +6,6 @@ GPU=$(realpath "${GPU:-./train_nsacu}")
 [ -x "$GPU" ] || { echo "there is no program $GPU: make train_nsacu builds it"; exit 1; }
 CPU=$TRAIN
 
-# near FILE1 FILE2 KEY: the same number of values under this key, none further apart than $apart
-near() {
-    for log in "$1" "$2"; do sed -n "s/.*\"$3\":\([0-9.e+-]*\).*/\1/p" "$log" > "values.$(basename "$(dirname "$log")")"; done
-    check "$3 of $1 and $2" sh -c 'paste "$0" "$1" | awk -v apart="$2" "{ d = \$1 - \$2; if (NF != 2 || d > apart || d < -apart) bad = 1 } END { exit bad || NR == 0 }"' \
-        "values.$(basename "$(dirname "$1")")" "values.$(basename "$(dirname "$2")")" "$apart"
-}
-
 small='-i text.txt --layers 2 --width 32 --heads 2 --kv-heads 1 -t 64 -b 2 -s 0 -m 2 -v 3 -n 3 --keep 0'
 both() { # NAME OPTIONS...
     of=$1; shift

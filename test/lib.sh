@@ -38,6 +38,13 @@ bad() {
     else not_ok "exit $status, not $code and \"$fragment\": train_nsa $*"; head -n 5 err.txt; fi
 }
 
+# near FILE1 FILE2 KEY: the same number of values under this key, none further apart than $apart
+near() {
+    for log in "$1" "$2"; do sed -n "s/.*\"$3\":\([0-9.e+-]*\).*/\1/p" "$log" > "values.$(basename "$(dirname "$log")")"; done
+    check "$3 of $1 and $2" sh -c 'paste "$0" "$1" | awk -v apart="$2" "{ d = \$1 - \$2; if (NF != 2 || d > apart || d < -apart) bad = 1 } END { exit bad || NR == 0 }"' \
+        "values.$(basename "$(dirname "$1")")" "values.$(basename "$(dirname "$2")")" "$apart"
+}
+
 # The log without what differs from run to run.
 plain_log() { sed 's/,"tok\/s":[^,]*,"ms":[^,]*,"mem":[^,]*//' "$1"; }
 
