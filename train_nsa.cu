@@ -2397,10 +2397,10 @@ static void gpu_select_forward(int *block_idx, const F *q, const F *k, const flo
     float *weights = scratch, *importance = weights + chunk * s->Tk;
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        int fast = 0;
+        int done = s->T <= (int64_t)sel->n * sel->sel_block;        // then there is nothing to weigh: all blocks are taken
         if constexpr (std::is_same<F, bf16>::value)
-            if ((fast = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
-        if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
+            if (!done && (done = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (!done) simple_select_weights(weights, q, k, lse, row, n, s, sel);
         select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
