@@ -47,7 +47,11 @@ ifneq ($(MPI),0)
   MPI_SHOW := $(if $(MPICC),$(shell $(MPICC) -show))
   MPI_FLAGS := $(if $(MPICC),$(if $(call works,$(filter -I% -L% -l%,$(MPI_SHOW)),$(hash)include <mpi.h>),-DUSE_MPI $(filter -I% -L% -l% -Wl$(,)%,$(MPI_SHOW))))
 endif
-NCCL := $(firstword $(wildcard /usr/include/nccl.h /usr/local/include/nccl.h /usr/local/cuda/include/nccl.h))
+# NCCL, for runs on several GPUs: its header in the places where packages put it, or in NCCL_HOME/include
+ifneq ($(NCCL),0)
+  NCCL_HEADER := $(firstword $(wildcard $(NCCL_HOME)/include/nccl.h /usr/include/nccl.h /usr/local/include/nccl.h /usr/local/cuda/include/nccl.h))
+  NCCL_FLAGS := $(if $(NCCL_HEADER),-DUSE_NCCL $(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib -Xlinker -rpath=$(NCCL_HOME)/lib) -lnccl)
+endif
 
 PROGRAMS := $(basename $(wildcard train_nsa.c sample.c))
 C_TESTS := $(if $(wildcard test/test_io.c),build/test_io) $(if $(wildcard test/test_nsa.c),build/test_nsa build/test_nsa_double) $(if $(wildcard test/test_sample.c),build/test_sample build/test_sample_double)
@@ -67,7 +71,7 @@ found:
 	@echo "BLAS       $(if $(filter 1,$(BLAS)),$(BLAS_LIBS),not used$(,) BLAS=1 links one)"
 	@echo "nvcc       $(if $(NVCC),$(NVCC),no: CPU programs only)"
 	@echo "MPI        $(if $(MPI_FLAGS),$(MPICC),$(if $(filter 0,$(MPI)),not used (MPI=0),no$(,) several ranks need --init file: or tcp: (Debian: apt install libopenmpi-dev openmpi-bin)))"
-	@echo "NCCL       $(if $(NCCL),$(NCCL),no)"
+	@echo "NCCL       $(if $(NCCL_FLAGS),$(NCCL_HEADER),$(if $(filter 0,$(NCCL)),not used (NCCL=0),no$(,) train_nsacu runs on one GPU (libnccl-dev$(,) or NCCL_HOME=/path$(,) names it)))"
 
 # Every program depends on the files that its last compilation read (build/*.d), and on the flags.
 DEPEND = -MMD -MP -MF build/$(notdir $@).d -MT $@
@@ -155,9 +159,10 @@ TEST_HEADERS := $(wildcard test/*.h)
 CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
 
+# nvcc takes what the linker is told as -Xlinker
 train_nsacu: $(CU_SOURCES)
 	$(NEEDS_NVCC)
-	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt $(patsubst -Wl$(,)%,-Xlinker %,$(MPI_FLAGS)) $(NCCL_FLAGS)
 
 samplecu: sample.c $(CU_SOURCES)
 	$(NEEDS_NVCC)
@@ -189,7 +194,7 @@ build/emulated/%: % test/cuda_on_cpu/translate.sed
 	@mkdir -p $(dir $@)
 	sed -E -f test/cuda_on_cpu/translate.sed $< > $@
 build/train_nsacu_emulated: $(TRANSLATED)
-	$(EMULATED) build/emulated/train_nsa.cu -o $@
+	$(EMULATED) -DUSE_NCCL build/emulated/train_nsa.cu -o $@ $(MPI_FLAGS)
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
 $(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TEST_HEADERS) $(TRANSLATED)

@@ -5297,7 +5297,7 @@ typedef struct Param {
 
 // Numbers [first, first + count) of a tensor, whose AdamW state lies at adam_m + at. Where ranks share the state (-z 1), each has
 // its share of every bucket; else it has all tensors whole.
-typedef struct Piece { int param; int64_t first, count, at; } Piece;
+typedef struct Slice { int param; int64_t first, count, at; } Slice;
 
 // Where a layer's weights lie. Projections of the same input stand next to each other in the table, so that
 // `wide` is one matrix: q | k of each branch | v of each branch | gate logits (gate = input).
@@ -5346,8 +5346,8 @@ typedef struct Model {
     Param *params;
     int num_params, cap_params;
     int64_t num_elements;
-    int bucket, num_pieces;             // bucket: of the next tensor that is listed
-    Piece *pieces;
+    int bucket, num_slices;             // bucket: of the next tensor that is listed
+    Slice *slices;
     int64_t state_elements;             // of adam_m, and of adam_v
     real *weights, *grads, *adam_m, *adam_v;
     LayerWeights *layers;
@@ -5502,11 +5502,11 @@ void bucket_share(const Model *m, int bucket, int64_t *from, int64_t *to) {
     if (comm.shards > 1) comm_share(*from, *to, comm.rank, comm.shards, from, to);
 }
 
-// What this rank has the state of: sets pieces and state_elements.
-void list_pieces(Model *m) {
-    free(m->pieces);
-    m->pieces = (Piece *)xmalloc((size_t)m->num_params * sizeof(Piece));
-    m->num_pieces = 0;
+// What this rank has the state of: sets slices and state_elements.
+void list_slices(Model *m) {
+    free(m->slices);
+    m->slices = (Slice *)xmalloc((size_t)m->num_params * sizeof(Slice));
+    m->num_slices = 0;
     m->state_elements = 0;
     int64_t from = 0, to = 0;
     for (int i = 0; i < m->num_params; i++) {
@@ -5514,9 +5514,9 @@ void list_pieces(Model *m) {
         if (i == 0 || p->bucket != p[-1].bucket) bucket_share(m, p->bucket, &from, &to);
         const int64_t begin = max64(from, p->offset), end = min64(to, p->offset + p->count);
         if (begin >= end) continue;
-        const Piece piece = {i, begin - p->offset, end - begin, m->state_elements};
-        m->pieces[m->num_pieces++] = piece;
-        m->state_elements += piece.count;
+        const Slice slice = {i, begin - p->offset, end - begin, m->state_elements};
+        m->slices[m->num_slices++] = slice;
+        m->state_elements += slice.count;
     }
 }
 
@@ -5528,12 +5528,12 @@ int64_t count_state(const Config *config, int64_t *state) {
     m.layers = (LayerWeights *)xcalloc((size_t)config->num_hidden_layers, sizeof(LayerWeights));
     list_params(&m);
     if (state) {
-        list_pieces(&m);
+        list_slices(&m);
         *state = m.state_elements;
     }
     free(m.layers);
     free(m.params);
-    free(m.pieces);
+    free(m.slices);
     return m.num_elements;
 }
 int64_t count_params(const Config *config) { return count_state(config, NULL); }
@@ -5558,7 +5558,7 @@ void model_init(Model *m, uint64_t seed, const double gate_init[BRANCHES]) {
 }
 
 void model_free(Model *m) {
-    void *all[] = {m->params, m->pieces, m->weights, m->grads, m->adam_m, m->adam_v, m->layers, m->acts, m->memory, m->gate_sum, m->gate_count, m->moe_load};
+    void *all[] = {m->params, m->slices, m->weights, m->grads, m->adam_m, m->adam_v, m->layers, m->acts, m->memory, m->gate_sum, m->gate_count, m->moe_load};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     memset(m, 0, sizeof *m);
 }
@@ -5797,7 +5797,7 @@ void model_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     carve_scratch(&m->scratch, c, B, T, train, m->final_rstd + rstd + acts);
     rope_table(m->rope, T, c->head_dim, c->rope_theta);
     if (train && !m->grads) {
-        list_pieces(m);
+        list_slices(m);
         m->grads = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
         m->adam_m = (real *)xcalloc((size_t)m->state_elements, sizeof(real));
         m->adam_v = (real *)xcalloc((size_t)m->state_elements, sizeof(real));
@@ -6165,14 +6165,14 @@ double model_grad_norm(const Model *m) {
 void model_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const real b1 = (real)beta1, b2 = (real)beta2, e = (real)eps, scale = (real)clip;
     const real rate = (real)(lr / (1 - pow(beta1, (double)t))), inverse = (real)(1 / (1 - pow(beta2, (double)t)));
-    for (int i = 0; i < m->num_pieces; i++) {
-        const Piece *piece = &m->pieces[i];
-        const Param *p = &m->params[piece->param];
+    for (int i = 0; i < m->num_slices; i++) {
+        const Slice *slice = &m->slices[i];
+        const Param *p = &m->params[slice->param];
         const real shrink = (real)(param_decays(p) ? lr * decay : 0);
-        real *w = m->weights + p->offset + piece->first, *am = m->adam_m + piece->at, *av = m->adam_v + piece->at;
-        const real *grad = m->grads + p->offset + piece->first;
-        #pragma omp parallel for simd if (piece->count > 4096)
-        for (int64_t j = 0; j < piece->count; j++) {
+        real *w = m->weights + p->offset + slice->first, *am = m->adam_m + slice->at, *av = m->adam_v + slice->at;
+        const real *grad = m->grads + p->offset + slice->first;
+        #pragma omp parallel for simd if (slice->count > 4096)
+        for (int64_t j = 0; j < slice->count; j++) {
             const real g = grad[j] * scale;
             am[j] = b1 * am[j] + (1 - b1) * g;
             av[j] = b2 * av[j] + (1 - b2) * g * g;
@@ -6515,29 +6515,29 @@ int write_state(const Run *run, const Model *model, const char *folder, char *er
         free(key);
         free(value.data);
     }
-    for (int i = 0; i < model->num_pieces; i++) {
-        const Piece *piece = &model->pieces[i];
-        const Param *p = &model->params[piece->param];
-        if (piece->count == p->count) continue;
+    for (int i = 0; i < model->num_slices; i++) {
+        const Slice *slice = &model->slices[i];
+        const Param *p = &model->params[slice->param];
+        if (slice->count == p->count) continue;
         char *key = format("first.%s", p->name);
-        meta_count(&w, key, piece->first);
+        meta_count(&w, key, slice->first);
         free(key);
     }
     for (int kind = 0; kind < count; kind++)
-        for (int i = 0; i < model->num_pieces; i++) {
-            const Piece *piece = &model->pieces[i];
-            const Param *p = &model->params[piece->param];
-            const int whole = piece->count == p->count;
+        for (int i = 0; i < model->num_slices; i++) {
+            const Slice *slice = &model->slices[i];
+            const Param *p = &model->params[slice->param];
+            const int whole = slice->count == p->count;
             char *name = format("%s.%s", kinds[kind], p->name);
-            st_writer_tensor(&w, name, ST_F32, whole ? p->ndim : 1, whole ? p->shape : &piece->count);
+            st_writer_tensor(&w, name, ST_F32, whole ? p->ndim : 1, whole ? p->shape : &slice->count);
             free(name);
         }
     if (st_writer_header(&w, err) < 0) return -1;
     for (int kind = 0; kind < count; kind++)
-        for (int i = 0; i < model->num_pieces; i++) {
-            const Piece *piece = &model->pieces[i];
-            const int64_t at = kind < 2 ? piece->at : model->params[piece->param].offset + piece->first;
-            if (st_writer_real(&w, values[kind] + at, piece->count, ST_F32, err) < 0) return -1;
+        for (int i = 0; i < model->num_slices; i++) {
+            const Slice *slice = &model->slices[i];
+            const int64_t at = kind < 2 ? slice->at : model->params[slice->param].offset + slice->first;
+            if (st_writer_real(&w, values[kind] + at, slice->count, ST_F32, err) < 0) return -1;
         }
     return st_writer_end(&w, err);
 }
@@ -6718,11 +6718,11 @@ int checkpoint_load_state(Run *run, Model *model, const char *folder, char *err)
     StateFiles s;
     if (state_open(&s, folder, err) < 0) return -1;
     int result = read_progress(&run->progress, &s.files[0], err), has_master = 0;
-    for (int i = 0; i < model->num_pieces && !result; i++) {
-        const Piece *piece = &model->pieces[i];
-        const Param *p = &model->params[piece->param];
-        result = state_read(&s, "adam_m", p, piece->first, piece->count, model->adam_m + piece->at, err);
-        if (!result) result = state_read(&s, "adam_v", p, piece->first, piece->count, model->adam_v + piece->at, err);
+    for (int i = 0; i < model->num_slices && !result; i++) {
+        const Slice *slice = &model->slices[i];
+        const Param *p = &model->params[slice->param];
+        result = state_read(&s, "adam_m", p, slice->first, slice->count, model->adam_m + slice->at, err);
+        if (!result) result = state_read(&s, "adam_v", p, slice->first, slice->count, model->adam_v + slice->at, err);
     }
     for (int i = 0; i < s.files[0].count; i++) has_master |= !strncmp(s.files[0].tensors[i].name, "master.", 7);
     for (int i = 0; i < model->num_params && !result && has_master; i++) {

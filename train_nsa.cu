@@ -4,7 +4,7 @@ nsa.c on the GPU: the same program as train_nsa.c, with the same options, files 
 train_nsa.c is included whole: configuration, data, tokenizer, checkpoints, schedule, log, the training loop, and the CPU
 model that test/test_nsa.cu checks this one against. What is added here is one twin for each computation:
 
-    1. utilities       errors, memory, sums, matrix products (cuBLASLt)
+    1. utilities       errors, several GPUs (NCCL), memory, sums, matrix products (cuBLASLt)
     2. layers          each one a forward and a backward kernel; shapes and formulas stand above their twins in train_nsa.c
     3. model           memory, forward, backward, AdamW: the device_* functions that the training loop calls
 
@@ -27,6 +27,9 @@ SPDX-License-Identifier: MIT
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef USE_NCCL
+#include <nccl.h>
+#endif
 #include <type_traits>
 
 typedef __nv_bfloat16 bf16;
@@ -50,15 +53,119 @@ static void *cublas_workspace;
 static cudaDeviceProp gpu;      // all zero until device_open
 enum { CUBLAS_WORKSPACE = 32 << 20 };
 
-// The first GPU that the system shows (CUDA_VISIBLE_DEVICES chooses). Called before anything else of CUDA.
+// ----------------------------------------------------------------------------
+// Several GPUs, one a rank. What the hosts say to each other goes the way of train_nsa.c (Ranks there); gradients and weights go from GPU to GPU
+// by NCCL, on a stream of their own, so that backward goes on meanwhile.
+
+#ifdef USE_NCCL
+#define NCCL(call) nccl_check((call), #call, __FILE__, __LINE__)
+static void nccl_check(ncclResult_t status, const char *call, const char *file, int line) {
+    if (status != ncclSuccess) die(1, "%s:%d: %s: %s", file, line, call, ncclGetErrorString(status));
+}
+
+static ncclComm_t nccl;
+static cudaStream_t between_ranks;
+static cudaEvent_t computed, reduced;       // what the one stream waits for from the other
+
+// A rank's GPU is its own: two that compute on one would be slower than one rank, and NCCL refuses them.
+static void nccl_open(int device, int count) {
+    enum { NAME = 320 };
+    char name[NAME] = "", *all = (char *)xmalloc((size_t)comm.ranks * NAME);
+    ncclUniqueId id;
+    CUDA(cudaDeviceGetPCIBusId(name, 64, device));
+    if (gethostname(name + strlen(name), NAME - 65) != 0) die(1, "this machine has no name: %s", strerror(errno));
+    comm_meet();
+    comm_gather(all, name, NAME);
+    for (int r = 0; r < comm.ranks; r++)
+        for (int other = 0; other < r; other++)
+            if (!strcmp(all + r * NAME, all + other * NAME))
+                die_together(2, "ranks %d and %d would share one GPU: their machine has %d for more ranks than that: start one rank for each GPU, mpirun -np %d", other, r, count, count);
+    free(all);
+    if (comm.rank == 0) NCCL(ncclGetUniqueId(&id));
+    comm_broadcast(&id, sizeof id);
+    NCCL(ncclCommInitRank(&nccl, comm.ranks, id, comm.rank));
+    CUDA(cudaStreamCreateWithFlags(&between_ranks, cudaStreamNonBlocking));
+    CUDA(cudaEventCreateWithFlags(&computed, cudaEventDisableTiming));
+    CUDA(cudaEventCreateWithFlags(&reduced, cudaEventDisableTiming));
+    comm_begin();
+}
+
+// What NCCL is asked for from here on works on what has been asked of the GPU so far.
+static void nccl_after_compute(void) {
+    CUDA(cudaEventRecord(computed));
+    CUDA(cudaStreamWaitEvent(between_ranks, computed, 0));
+}
+
+// Waits until NCCL is done. A rank that is gone would keep the GPU waiting for good: the host must not wait on the GPU for that.
+static void nccl_wait(void) {
+    const double since = now_seconds();
+    cudaError_t status;
+    CUDA(cudaEventRecord(reduced, between_ranks));
+    while ((status = cudaEventQuery(reduced)) == cudaErrorNotReady) {
+        ncclResult_t failed;
+        NCCL(ncclCommGetAsyncError(nccl, &failed));
+        if (failed != ncclSuccess) die(1, "NCCL: %s: a rank may be gone", ncclGetErrorString(failed));
+        if (now_seconds() - since > comm_patience()) die(1, "the GPUs of the other ranks gave no sign of life for %g s (--timeout)", comm_patience());
+        sched_yield();
+    }
+    CUDA(status);
+}
+
+// The shares of [begin,end), as in comm_share: all ranks have `each` numbers, and the last has the rest too.
+static void nccl_shares(int64_t begin, int64_t end, int64_t *each, int64_t *mine, int64_t *rest) {
+    int64_t to;
+    comm_share(begin, end, 0, comm.ranks, mine, &to);
+    *each = comm.ranks > 1 ? to - *mine : end - begin;
+    *mine = begin + comm.rank * *each;
+    *rest = begin + comm.ranks * *each;
+}
+
+// The sums of x[begin..end) over the ranks: all of them, or with -z 1 this rank's share.
+static void nccl_reduce(float *x, int64_t begin, int64_t end) {
+    int64_t each, mine, rest;
+    if (comm.shards == 1) {
+        NCCL(ncclAllReduce(x + begin, x + begin, (size_t)(end - begin), ncclFloat, ncclSum, nccl, between_ranks));
+        return;
+    }
+    nccl_shares(begin, end, &each, &mine, &rest);
+    NCCL(ncclGroupStart());
+    if (each) NCCL(ncclReduceScatter(x + begin, x + mine, (size_t)each, ncclFloat, ncclSum, nccl, between_ranks));
+    if (rest < end) NCCL(ncclReduce(x + rest, x + rest, (size_t)(end - rest), ncclFloat, ncclSum, comm.ranks - 1, nccl, between_ranks));
+    NCCL(ncclGroupEnd());
+}
+
+// Every rank gets every share of x[begin..end).
+static void nccl_gather(float *x, int64_t begin, int64_t end) {
+    int64_t each, mine, rest;
+    nccl_shares(begin, end, &each, &mine, &rest);
+    NCCL(ncclGroupStart());
+    if (each) NCCL(ncclAllGather(x + mine, x + begin, (size_t)each, ncclFloat, nccl, between_ranks));
+    if (rest < end) NCCL(ncclBroadcast(x + rest, x + rest, (size_t)(end - rest), ncclFloat, comm.ranks - 1, nccl, between_ranks));
+    NCCL(ncclGroupEnd());
+}
+#else       // with one rank there is nobody to talk to, and nccl_open lets no more start
+static void nccl_open(int device, int count) {
+    (void)device, (void)count;
+    die(2, "%d ranks need NCCL, and %s was built without: install it (libnccl2 and libnccl-dev, https://developer.nvidia.com/nccl) and make again", comm.ranks, program_name);
+}
+static void nccl_after_compute(void) {}
+static void nccl_wait(void) {}
+static void nccl_reduce(float *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
+static void nccl_gather(float *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
+#endif
+
+// The first GPU that the system shows (CUDA_VISIBLE_DEVICES chooses), the second for the second rank of a machine, and so on. Called
+// before anything else of CUDA.
 static void device_open(void) {
     if (gpu.major) return;
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
         die(1, "no GPU to compute on (%s): train_nsa and sample are the same programs for the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none is visible");
-    CUDA(cudaSetDevice(0));
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    const int device = comm.local_rank % count;     // a launcher may show each rank one GPU
+    CUDA(cudaSetDevice(device));
+    CUDA(cudaGetDeviceProperties(&gpu, device));
+    if (comm.ranks > 1) nccl_open(device, count);
     CUBLAS(cublasLtCreate(&cublas));
     CUDA(cudaMalloc(&cublas_workspace, CUBLAS_WORKSPACE));
 }
@@ -3032,7 +3139,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->places, N);
     carve(m, &s->occurring, N);
     carve(m, &s->start, N + 1);
-    carve(m, &s->norm_sums, count_params(c) / SUM_CHUNK + 1);
+    carve(m, &s->norm_sums, count_params(c) / SUM_CHUNK + c->num_hidden_layers + 3);     // of every bucket by itself
 }
 
 // Bytes of activations, and of working memory with the table of RoPE and the last norm.
@@ -3053,13 +3160,13 @@ static void net_bytes(int64_t bytes[2], const Config *c, int64_t B, int64_t T, i
 }
 
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
-    const int64_t params = count_params(c), number = (int64_t)sizeof(float);
-    int64_t bytes[2];
+    int64_t bytes[2], state;
+    const int64_t params = count_state(c, &state), number = (int64_t)sizeof(float);
     device_open();      // how sums are cut into parts follows from the GPU
     if (is_bf16(c)) net_bytes<bf16>(bytes, c, B, T, recompute, train);
     else net_bytes<float>(bytes, c, B, T, recompute, train);
     const int64_t all = params + weights_slack(c);
-    const int64_t part[] = {is_bf16(c) ? all + all / 2 + 1 : all, train ? all : 0, train ? 2 * params : 0, bytes[0] / number, bytes[1] / number};
+    const int64_t part[] = {is_bf16(c) ? all + all / 2 + 1 : all, train ? all : 0, train ? 2 * state : 0, bytes[0] / number, bytes[1] / number};
     return memory_table(part, table);
 }
 
@@ -3124,9 +3231,11 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     if (train && !g->grads) {
         g->grads = weights_alloc<float>(g);
         float **state[] = {&g->adam_m, &g->adam_v};
-        for (int i = 0; i < 2; i++) *state[i] = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
-        m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));     // for checkpoints
-        m->adam_v = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
+        list_slices(g);
+        list_slices(m);
+        for (int i = 0; i < 2; i++) *state[i] = (float *)device_malloc(g->state_elements * (int64_t)sizeof(float));
+        m->adam_m = (real *)xcalloc((size_t)m->state_elements, sizeof(real));     // for checkpoints
+        m->adam_v = (real *)xcalloc((size_t)m->state_elements, sizeof(real));
     }
     if (is_bf16(c)) net_alloc<bf16>(g, B, T, recompute, train);
     else net_alloc<float>(g, B, T, recompute, train);
@@ -3145,6 +3254,7 @@ void device_free(Model *m) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) CUDA(cudaFree(all[i]));
     free(g->layers);
     free(g->params);
+    free(g->slices);
     free(g);
     m->twin = NULL;
 }
@@ -3175,24 +3285,28 @@ __global__ void round_weights_kernel(bf16 *out, const float *weights, int64_t n,
     if (i < n) out[i] = round_weight(weights[i], i, stochastic);
 }
 
+static void round_weights(const Model *m) {
+    const int64_t n = m->num_elements;
+    if (!is_bf16(&m->config)) return;
+    round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, m->stochastic_rounding);
+    LAUNCHED();
+}
+
 void device_store(Model *m) {
-    const int64_t n = m->num_elements, bytes = n * (int64_t)sizeof(float);
-    to_device(m->twin->weights, m->weights, bytes);
-    if (is_bf16(&m->config)) {
-        round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, m->stochastic_rounding);
-        LAUNCHED();
-    }
+    const int64_t state = m->state_elements * (int64_t)sizeof(float);
+    to_device(m->twin->weights, m->weights, m->num_elements * (int64_t)sizeof(float));
+    round_weights(m);
     if (!m->twin->train) return;
-    to_device(m->twin->adam_m, m->adam_m, bytes);
-    to_device(m->twin->adam_v, m->adam_v, bytes);
+    to_device(m->twin->adam_m, m->adam_m, state);
+    to_device(m->twin->adam_v, m->adam_v, state);
 }
 
 void device_fetch(Model *m) {
-    const int64_t bytes = m->num_elements * (int64_t)sizeof(float);
-    to_host(m->weights, m->twin->weights, bytes);
+    const int64_t state = m->state_elements * (int64_t)sizeof(float);
+    to_host(m->weights, m->twin->weights, m->num_elements * (int64_t)sizeof(float));
     if (!m->twin->train) return;
-    to_host(m->adam_m, m->twin->adam_m, bytes);
-    to_host(m->adam_v, m->twin->adam_v, bytes);
+    to_host(m->adam_m, m->twin->adam_m, state);
+    to_host(m->adam_v, m->twin->adam_v, state);
 }
 
 // A matrix as products read it; `w` is its place in the twin's weights.
@@ -3586,6 +3700,15 @@ static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const Ste
     gpu_moe_gate_up<F>(a->expert_gate_up, norm, matrix<F>(g, w->experts), &a->routing, &moe, &net<F>.work.moe);
 }
 
+// A bucket's gradients are what they will be on this rank: the sums over the ranks are made while backward goes on.
+static void bucket_done(Model *g, int bucket, const StepInfo *info) {
+    int64_t begin, end;
+    if (comm.ranks == 1 || !info->last) return;
+    bucket_range(g, bucket, &begin, &end);
+    nccl_after_compute();
+    nccl_reduce(g->grads, begin, end);
+}
+
 template <typename F>
 static double gpu_forward_backward(Model *m, const int *tokens, const int *targets, int64_t B, int64_t T, const StepInfo *info) {
     Model *g = m->twin;
@@ -3593,13 +3716,16 @@ static double gpu_forward_backward(Model *m, const int *tokens, const int *targe
     const int64_t N = B * T;
     gpu_layers_forward<F>(m, tokens, B, T, info);
     gpu_head_loss<F>(g, targets, N, info);
+    bucket_done(g, bucket_count(g) - 1, info);
     for (int l = g->config.num_hidden_layers - 1; l >= 0; l--) {
         gpu_layer_again<F>(g, l, B, T, info);
         gpu_ffn_layer_backward<F>(g, l, B, T, info);
         gpu_attention_layer_backward<F>(g, l, B, T, info);
+        bucket_done(g, 1 + l, info);
     }
     dropout_backward(s->dx, s->dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));      // in place
     gpu_embed_backward<F>(g, tokens, N);
+    bucket_done(g, 0, info);
     return mean_loss(s->loss, N);
 }
 
@@ -3647,15 +3773,31 @@ __global__ void square_sums_kernel(double *sums, const float *x, int64_t n) {
     if (threadIdx.x == 0) sums[blockIdx.x] = of_thread[0];
 }
 
+// Backward has asked for the sums, bucket by bucket.
+void device_reduce_grads(Model *m) {
+    (void)m;
+    if (comm.ranks > 1) nccl_wait();
+}
+
 double device_grad_norm(const Model *m) {
-    const int64_t chunks = (m->num_elements + SUM_CHUNK - 1) / SUM_CHUNK;
-    double *sums = (double *)xmalloc((size_t)chunks * sizeof(double)), total = 0;
-    double *place = is_bf16(&m->config) ? net<bf16>.work.norm_sums : net<float>.work.norm_sums;
-    square_sums_kernel<<<(unsigned)chunks, THREADS>>>(place, m->twin->grads, m->num_elements);
-    LAUNCHED();
+    const Model *g = m->twin;
+    const int shared = comm.shards > 1;
+    double *place = is_bf16(&m->config) ? net<bf16>.work.norm_sums : net<float>.work.norm_sums, total = 0;
+    int64_t chunks = 0;
+    for (int b = 0; b < (shared ? bucket_count(g) : 1); b++) {
+        int64_t from = 0, to = g->num_elements;
+        if (shared) bucket_share(g, b, &from, &to);
+        if (from == to) continue;
+        const unsigned blocks = grid(to - from, SUM_CHUNK);
+        square_sums_kernel<<<blocks, THREADS>>>(place + chunks, g->grads + from, to - from);
+        LAUNCHED();
+        chunks += blocks;
+    }
+    double *sums = (double *)xmalloc((size_t)chunks * sizeof(double));
     to_host(sums, place, chunks * (int64_t)sizeof(double));
     for (int64_t i = 0; i < chunks; i++) total += sums[i];
     free(sums);
+    if (shared) comm_sum(&total, 1);
     return sqrt(total);
 }
 
@@ -3675,12 +3817,25 @@ __global__ void adamw_kernel(float *w, bf16 *copy, float *am, float *av, const f
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const Model *g = m->twin;
     AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0, m->stochastic_rounding};
-    for (int i = 0; i < m->num_params; i++) {
-        const Param *p = &m->params[i];
-        bf16 *copy = is_bf16(&m->config) ? net<bf16>.weights + p->offset : NULL;
+    const int shared = comm.shards > 1;
+    for (int i = 0; i < g->num_slices; i++) {
+        const Slice *slice = &g->slices[i];
+        const Param *p = &g->params[slice->param];
+        const int64_t at = p->offset + slice->first;
+        bf16 *copy = is_bf16(&m->config) && !shared ? net<bf16>.weights + at : NULL;
         a.shrink = (float)(param_decays(p) ? lr * decay : 0);
-        adamw_kernel<<<grid(p->count, THREADS), THREADS>>>(g->weights + p->offset, copy, g->adam_m + p->offset, g->adam_v + p->offset, g->grads + p->offset, p->offset, p->count, a);
+        adamw_kernel<<<grid(slice->count, THREADS), THREADS>>>(g->weights + at, copy, g->adam_m + slice->at, g->adam_v + slice->at, g->grads + at, at, slice->count, a);
         LAUNCHED();
+    }
+    if (shared) {
+        nccl_after_compute();
+        for (int b = 0; b < bucket_count(g); b++) {
+            int64_t begin, end;
+            bucket_range(g, b, &begin, &end);
+            nccl_gather(g->weights, begin, end);
+        }
+        nccl_wait();
+        round_weights(m);
     }
     CUDA(cudaDeviceSynchronize());      // so that a step's time is its own
 }

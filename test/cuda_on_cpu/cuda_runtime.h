@@ -464,7 +464,9 @@ static inline void emu_do(std::function<void()> work) {
     else work();
 }
 
-static inline cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return 0; }
+// EMU_GPUS=2 is a machine with two: every process is one of its own, so that a number is all that they differ in.
+static inline cudaError_t cudaGetDeviceCount(int *n) { *n = getenv("EMU_GPUS") ? atoi(getenv("EMU_GPUS")) : 1; return 0; }
+static inline cudaError_t cudaDeviceGetPCIBusId(char *name, int len, int device) { snprintf(name, (size_t)len, "0000:%02x:00.0", device); return 0; }
 static inline cudaError_t cudaSetDevice(int) { return 0; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
@@ -485,6 +487,8 @@ static inline cudaError_t cudaGetLastError() { return 0; }
 static inline cudaError_t cudaDeviceSynchronize() { return 0; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
 static inline cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = nullptr; return 0; }
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return 0; }
 template <typename T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
     *p = (T *)aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -518,6 +522,9 @@ static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; re
 static inline double emu_seconds() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec; }
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new double(0); return 0; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { *e = emu_seconds(); return 0; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return 0; }
+static inline cudaError_t cudaEventQuery(cudaEvent_t) { return 0; }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return 0; }
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = (float)(1e3 * (*b - *a)); return 0; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return 0; }
