@@ -2448,10 +2448,25 @@ typedef struct Options {
     int64_t val_every, val_steps, sample_every, sample_len, checkpoint_every, keep, early_stop;
     int recompute, zero, overfit, skip_bad_steps, threads;
     const char *init;
-    double timeout;
+    double timeout, tflops, link;
+    int plan, ranks;
     int64_t seed;
     unsigned char given[MAX_OPTIONS];  // which rows of the table were on the command line
 } Options;
+
+// What the two programs differ in: what --help says of -b where it is not its value (see choose_micro_batch), and what --plan
+// counts with. TFLOP/s of a training step and GB/s between two ranks as measured: dev/benchmarks.md, Several ranks.
+#ifdef NSA_GPU
+#define MICRO_BATCH "what fits the GPU and divides -d; without -d at most 2"
+#define PLAN_TFLOPS 300
+#define PLAN_LINK 317
+enum { ON_GPU = 1 };
+#else
+#define MICRO_BATCH NULL
+#define PLAN_TFLOPS 0.18
+#define PLAN_LINK 0.7
+enum { ON_GPU = 0 };
+#endif
 
 // Every default of a run in one place. seq_len and total_batch 0, lr and warmup -1: worked out later.
 Options options_default(void) {
@@ -2480,17 +2495,11 @@ Options options_default(void) {
     o.keep = 2;
     o.seed = 1337;
     o.timeout = comm.timeout;
+    o.ranks = 1;
+    o.tflops = PLAN_TFLOPS;
+    o.link = PLAN_LINK;
     return o;
 }
-
-// What --help says of -b where it is not its value: see choose_micro_batch.
-#ifdef NSA_GPU
-#define MICRO_BATCH "what fits the GPU and divides -d; without -d at most 2"
-enum { ON_GPU = 1 };
-#else
-#define MICRO_BATCH NULL
-enum { ON_GPU = 0 };
-#endif
 
 #define AT(field) offsetof(Options, field)
 #define GROUP(title) {0, NULL, OPT_GROUP, 0, 0, NULL, 0, 0, NULL, title}
@@ -2648,6 +2657,16 @@ static const Option train_options[] = {
      "how several ranks find each other: mpi, file:PATH that all see, or tcp:HOST:PORT of rank 0"},
     {0, "timeout", OPT_FLOAT, OF_CALL, AT(timeout), "SECONDS", 1, 1e6, NULL,
      "how long a rank may be silent before the run ends; ten times as long until the first step is done"},
+
+    GROUP("Plan"),
+    {0, "plan", OPT_FLAG, OF_CALL, AT(plan), NULL, 0, 0, "",
+     "print what a run with these options would take on each rank, and exit: memory, communication, time of a step"},
+    {0, "ranks", OPT_INT, OF_CALL, AT(ranks), "N", 1, 1 << 16, NULL,
+     "of the run that is planned"},
+    {0, "tflops", OPT_FLOAT, OF_CALL, AT(tflops), "X", 1e-6, 1e6, NULL,
+     "TFLOP/s that a rank reaches in a training step"},
+    {0, "link", OPT_FLOAT, OF_CALL, AT(link), "GB/S", 1e-6, 1e6, NULL,
+     "speed of an all-reduce between the ranks: for each, 2(N-1)/N of the bytes by the time"},
 };
 #undef AT
 #undef GROUP
@@ -6205,6 +6224,7 @@ int model_bad_layer(const Model *m, int64_t n) {
 
 #ifdef NSA_GPU
 int64_t device_memory(void);
+void device_plan(void);             // so that memory can be counted where the device is not
 void device_describe(const Config *c, Text *out);
 int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table);
 void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train);
@@ -6230,6 +6250,7 @@ void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, d
 #define device_reduce_grads model_reduce_grads
 #define device_grad_norm model_grad_norm
 #define device_adamw model_adamw
+static inline void device_plan(void) {}
 static inline void device_store(Model *m) { (void)m; }      // they lie where they are used
 static inline void device_fetch(Model *m) { (void)m; }
 static inline void device_describe(const Config *c, Text *out) {
@@ -6268,7 +6289,8 @@ typedef struct {
     DataSet train, val;
     Order order;
     int bytes;         // 1: tokens are bytes
-    int accumulation;  // micro-batches of a step
+    int ranks;         // of this run, or of the one that is planned
+    int accumulation;  // micro-batches of a step, of each rank
     int64_t memory;    // bytes
     int *tokens, *targets, *window;
     double *moe_load;  // (L,E) choices in the last training step
@@ -7149,7 +7171,7 @@ void find_config(Run *run) {
 // depend on it, keeps its default.
 void choose_micro_batch(Options *o, const Config *c) {
 #ifdef NSA_GPU
-    if (option_given(o, &o->batch) || o->resume) return;
+    if (option_given(o, &o->batch) || o->resume || o->plan) return;
     const int64_t sequences = o->total_batch ? o->total_batch / o->seq_len / comm.ranks : o->batch, free_bytes = device_memory() / 20 * 19;
     int64_t B = max64(1, min64(sequences, INT_MAX / o->seq_len));       // 1: run_model says what does not fit
     while (B > 1 && (sequences % B || device_bytes(c, B, o->seq_len, o->recompute, !o->evaluate_only, NULL) > free_bytes)) B--;
@@ -7170,14 +7192,14 @@ void complete_options(Run *run) {
     if (micro > INT_MAX)
         die(2, "-b %d times -t %d is more than %d tokens in a micro-batch: use a smaller -b", o->batch, o->seq_len,
             INT_MAX);
-    const int64_t least = micro * comm.ranks;
+    const int64_t least = micro * run->ranks;
     if (!o->total_batch) o->total_batch = least;
     if (o->total_batch % least) {
         char ranks[32] = "", other[32] = "";
-        int64_t each = o->total_batch / o->seq_len / comm.ranks, b = o->batch;      // sequences of a rank
+        int64_t each = o->total_batch / o->seq_len / run->ranks, b = o->batch;      // sequences of a rank
         while (each && each % b) b--;
-        if (comm.ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks times ", comm.ranks);
-        if (each * o->seq_len * comm.ranks == o->total_batch) snprintf(other, sizeof other, ", or -b %" PRId64, b);
+        if (run->ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks times ", run->ranks);
+        if (each * o->seq_len * run->ranks == o->total_batch) snprintf(other, sizeof other, ", or -b %" PRId64, b);
         die(2, "-d (--total-batch) %" PRId64 " must be a multiple of %s-b %d times -t %d: use -d %" PRId64 "%s",
             o->total_batch, ranks, o->batch, o->seq_len, (o->total_batch / least + 1) * least, other);
     }
@@ -7242,6 +7264,65 @@ void compare_ranks(const Run *run) {
     free(config.data);
 }
 
+// ----------------------------------------------------------------------------
+// --plan: what a run would take, by the functions that a run counts its memory with, and by formulas
+
+// How many of `per` keys each query of T sees on average, from its own position back.
+static double mean_keys(double per, double T) { return per >= T ? (T + 1) / 2 : per - per * (per - 1) / (2 * T); }
+
+// FLOPs of a token in forward: `matrices` those of products with weights, `attention` those of scores and sums.
+void token_flops(const Config *c, double T, double *matrices, double *attention) {
+    Model m;
+    memset(&m, 0, sizeof m);
+    m.config = *c;
+    m.layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
+    list_params(&m);
+    *matrices = *attention = 0;
+    for (int i = 0; i < m.num_params; i++) {
+        const Param *p = &m.params[i];
+        double share = p->ndim > 1 ? 1 : 0;     // of the tokens that it is multiplied with
+        if (strstr(p->name, ".mlp.experts.")) share = (double)c->num_experts_per_tok / c->num_experts;
+        if (strstr(p->name, ".compress_")) share *= (c->compress == COMPRESS_MLP ? (double)c->num_key_value_heads : 1) / c->cmp_stride;
+        if (ends_with(p->name, ".pos") || (i == 0 && !c->tie_word_embeddings)) share = 0;
+        *matrices += 2 * share * (double)p->count;
+    }
+    const double H = c->num_attention_heads, D = c->head_dim, Dv = c->v_head_dim;
+    const double selected = mean_keys((double)c->sel_blocks * c->sel_block, T), window = mean_keys(c->window, T), blocks = fmax(0, (T - c->cmp_block) / c->cmp_stride + 1) / 2;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        const double keys = layer_is_full(c, l) ? (T + 1) / 2 : selected + window + blocks;
+        *attention += 2 * H * (D + Dv) * keys + (layer_is_full(c, l) ? 0 : 2 * H * D * blocks);     // the last: importance
+    }
+    free(m.layers);
+    free(m.params);
+}
+
+void print_plan(const Run *run) {
+    const Options *o = &run->options;
+    const Config *c = &run->config;
+    const double N = run->ranks, T = o->seq_len, tokens = (double)o->total_batch / N;     // of a rank
+    Text table = {NULL, 0, 0};
+    double matrices, attention;
+    int64_t state;
+    device_plan();
+    const double params = (double)count_state(c, &state), bytes = (double)device_bytes(c, o->batch, o->seq_len, o->recompute, 1, &table);
+    token_flops(c, T, &matrices, &attention);
+    // Backward: two products for each of forward's, five of attention's for its two. -r 2 makes forward again, -r 1 (about) its FFN's half.
+    const double forward = matrices + attention, backward = 2 * matrices + 2.5 * attention + (o->recompute > 1 ? forward : o->recompute ? matrices / 2 : 0);
+    const double rate = o->tflops * 1e12, link = o->link * 1e9, sent = N > 1 ? (N - 1) / N * 4 * params : 0;
+    const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * T * backward / rate;
+    const double embedding = sent * (double)c->vocab_size * c->hidden_size / params;      // the last bucket: nothing is left to hide it
+    const double reduce = (o->zero ? 1 : 2) * sent / link, hidden = fmin(micro, reduce * (1 - embedding / fmax(sent, 1))), gather = o->zero ? sent / link : 0;
+    const double step = compute + reduce - hidden + gather;
+    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d ranks x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
+           human_count((double)o->total_batch), run->ranks, run->accumulation, o->batch, o->seq_len);
+    printf("memory     %s on each rank%s\n%s", human_bytes(bytes), o->zero && N > 1 ? ", with its share of AdamW's state (-z 1)" : "", table.data);
+    printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(2 * sent), o->zero ? " one way, weights in f32 back" : ", both ways");
+    printf("compute    %s a token, forward and backward: %.3g s a step at %g TFLOP/s (--tflops)\n", human((forward + backward), "FLOP"), compute, o->tflops);
+    printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather, o->link, hidden);
+    printf("step       %.3g s, %s tok/s; %.1f%% of it is compute\n", step, human_count((double)o->total_batch / step), 100 * compute / step);
+    free(table.data);
+}
+
 // Everything up to, but not including, the model's memory.
 void run_prepare(Run *run, int argc, char **argv) {
     memset(run, 0, sizeof *run);
@@ -7249,7 +7330,11 @@ void run_prepare(Run *run, int argc, char **argv) {
     *o = options_default();
     options_parse(train_options, TRAIN_OPTIONS, o, o->given, argc, argv);
     comm.timeout = o->timeout;
-    comm.shards = o->zero ? comm.ranks : 1;
+    run->ranks = o->plan ? o->ranks : comm.ranks;
+    comm.shards = o->zero ? run->ranks : 1;
+    for (size_t i = 0, only[] = {offsetof(Options, ranks), offsetof(Options, tflops), offsetof(Options, link)}; i < 3; i++)
+        if (!o->plan && option_given(o, (const char *)o + only[i]))
+            die(2, "%s is for --plan%s", option_label(&train_options[option_row(train_options, TRAIN_OPTIONS, only[i])]), i ? "" : ": a run has the ranks that mpirun starts");
     if (o->help) {
         comm_meet();
         train_help();
@@ -7271,6 +7356,11 @@ void run_prepare(Run *run, int argc, char **argv) {
     find_tokenizer(run);
     find_config(run);
     complete_options(run);
+    if (o->plan) {
+        comm_meet();
+        print_plan(run);
+        exit(0);
+    }
 #ifdef _OPENMP
     if (o->threads) omp_set_num_threads(o->threads);
 #endif

@@ -170,6 +170,16 @@ static void device_open(void) {
     CUDA(cudaMalloc(&cublas_workspace, CUBLAS_WORKSPACE));
 }
 
+// Where there is no GPU, memory is counted for one with as many multiprocessors as an H100.
+void device_plan(void) {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return;
+    (void)cudaGetLastError();
+    gpu.major = 9;
+    gpu.multiProcessorCount = 132;
+    gpu.sharedMemPerBlockOptin = 227 << 10;
+}
+
 int64_t device_memory(void) {
     size_t free_bytes = 0, total = 0;
     device_open();
