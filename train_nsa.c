@@ -485,6 +485,31 @@ static void watch(Watch *w) {
     w->asked = 0;
 }
 
+static Watch watch_new(void) {
+    const Watch w = {now_seconds(), 0, (char *)xcalloc((size_t)comm.ranks, 1)};
+    return w;
+}
+
+// Whoever waits for the other ranks in another way than in an exchange calls this again and again.
+void comm_listen(Watch *w) {
+    char sign;
+#ifdef USE_MPI
+    MPI_Status status;
+    int there = 0;
+    if (comm.mpi) MPI(MPI_Iprobe(MPI_ANY_SOURCE, SIGN_TAG, MPI_COMM_WORLD, &there, &status));
+    if (there) {
+        const int from = status.MPI_SOURCE;
+        MPI(MPI_Recv(&sign, 1, MPI_BYTE, from, SIGN_TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE));
+        heard_sign(w, from, sign);
+    }
+#endif
+    for (int r = 0; r < comm.ranks && !comm.mpi; r++) {
+        struct pollfd p = {comm.sockets[r], POLLPRI, 0};
+        if (poll(&p, 1, 0) == 1 && (p.revents & POLLPRI) && recv(p.fd, &sign, 1, MSG_OOB | MSG_DONTWAIT) == 1) heard_sign(w, r, sign);
+    }
+    watch(w);
+}
+
 static void exchange_sockets(Parcel *p, Watch *w) {
     struct pollfd *fds = (struct pollfd *)xcalloc((size_t)comm.ranks, sizeof *fds);
     for (;;) {
@@ -526,7 +551,7 @@ static void exchange_mpi(Parcel *p, Watch *w) {
         if (p[r].out_bytes) MPI(MPI_Isend(p[r].out, (int)p[r].out_bytes, MPI_BYTE, r, 0, MPI_COMM_WORLD, &request[2 * r + 1]));
     }
     for (int64_t tries = 0;; tries++) {
-        int left = 0, done = 1, there = 0;
+        int left = 0, done = 1;
         for (int i = 0; i < 2 * comm.ranks; i++) {
             if (request[i] == MPI_REQUEST_NULL) continue;
             MPI(MPI_Test(&request[i], &done, MPI_STATUS_IGNORE));
@@ -538,15 +563,7 @@ static void exchange_mpi(Parcel *p, Watch *w) {
             continue;
         }
         usleep(50);
-        MPI_Status status;
-        MPI(MPI_Iprobe(MPI_ANY_SOURCE, SIGN_TAG, MPI_COMM_WORLD, &there, &status));
-        if (there) {
-            char sign;
-            const int from = status.MPI_SOURCE;
-            MPI(MPI_Recv(&sign, 1, MPI_BYTE, from, SIGN_TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE));
-            heard_sign(w, from, sign);
-        }
-        watch(w);
+        comm_listen(w);
     }
     free(request);
 }
@@ -555,7 +572,7 @@ static void exchange_mpi(Parcel *p, Watch *w) {
 // parcels[r] is what this rank and rank r give each other; every rank calls it. The parcels are used up. An MPI message has at most
 // INT_MAX bytes: who has more, cuts.
 static void comm_exchange(Parcel *parcels) {
-    Watch w = {now_seconds(), 0, (char *)xcalloc((size_t)comm.ranks, 1)};
+    Watch w = watch_new();
     memset(&parcels[comm.rank], 0, sizeof parcels[0]);
 #ifdef USE_MPI
     if (comm.mpi) exchange_mpi(parcels, &w);
@@ -2458,7 +2475,7 @@ typedef struct Options {
 // counts with. TFLOP/s of a training step and GB/s between two ranks as measured: dev/benchmarks.md, Several ranks.
 #ifdef NSA_GPU
 #define MICRO_BATCH "what fits the GPU and divides -d; without -d at most 2"
-#define PLAN_TFLOPS 300
+#define PLAN_TFLOPS 350
 #define PLAN_LINK 317
 enum { ON_GPU = 1 };
 #else

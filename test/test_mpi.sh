@@ -1,6 +1,7 @@
 #!/bin/sh
 # Several ranks do what one does: over MPI where the program and mpirun are there, and over plain sockets anywhere.
 
+repository=$PWD
 . test/lib.sh
 export OMP_NUM_THREADS=1
 
@@ -119,6 +120,43 @@ bad 1 'state-00002-of-00002.safetensors' -y -o broken
 halfway mixed
 cp mixed/latest/state-00001-of-00002.safetensors mixed/latest/state-00002-of-00002.safetensors
 bad 1 'are missing' -y -o mixed
+
+# --- --plan counts what the ranks then take, and no data is read for it
+good $small --plan --ranks 4 -z 1
+grep -A 5 '^  weights' out.txt > planned.txt
+together 4 $how $small -x 1 -z 1 -o planned
+grep -A 5 '^  weights' run.out > taken.txt
+check 'the plan is what is taken' cmp planned.txt taken.txt
+check 'it has every part' grep -q 'AdamW state' planned.txt
+good -i none.txt --plan --ranks 16 -z 1 -e d12 -t 1k
+check 'the step is told' grep -q '^step  *[0-9.]* s, .* tok/s' out.txt
+bad 2 'use -d 384' $small --plan --ranks 3
+bad 2 '--ranks is for --plan' $small --ranks 3
+bad 2 '--tflops is for --plan' $small --tflops 3
+
+# --- the scripts for Slurm, with an srun that starts two ranks here
+ln -s "$TRAIN" train_nsacu
+cat > srun <<'END'
+#!/bin/sh
+while case $1 in -*) ;; *) false ;; esac; do shift; done
+for SLURM_PROCID in 1 0; do
+    export SLURM_PROCID
+    "$@" &
+done
+wait $!
+END
+printf '#!/bin/sh\necho localhost\n' > scontrol
+chmod +x srun scontrol
+for by in file tcp; do
+    check "slurm_$by.sbatch" env PATH="$work:$PATH" SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here \
+        bash "$repository/scripts/multi_node/slurm_$by.sbatch" $small -x 2 -o "slurm.$by"
+    check "slurm_$by.sbatch: two ranks" grep -q '"ranks":2[,}]' "slurm.$by/log.jsonl"
+done
+if [ -n "$mpi" ]; then
+    printf '# this one\nlocalhost slots=2\n' > hosts
+    check mpirun.sh env THREADS=1 sh "$repository/scripts/multi_node/mpirun.sh" hosts $small -x 2 -o by.hosts
+    check 'mpirun.sh: two ranks' grep -q '"ranks":2[,}]' by.hosts/log.jsonl
+fi
 
 # --- validation is shared: the same loss to the last digit, with more ranks than batches too
 good -i text.txt -m 0 -t 32 -b 2 -x 0 -e whole
