@@ -45,4 +45,31 @@ for file in model state; do check "the same $file" cmp whole/latest/$file.safete
 TRAIN=$GPU
 good -i text.txt --layers 1 --width 32 --heads 2 -t 32 -d 256 -x 1 -s 0 -v 0 -m 2 -o chosen
 check 'eight sequences at once' grep -q '(1 x 8 x 32)' out.txt
+# --- two GPUs: the losses of one, the same bits again and after a resume, and what one GPU cannot do
+case $GPU in
+*emulated*) export EMU_GPUS=2; gpus=2 ;;
+*) gpus=$(nvidia-smi -L | grep -c '^GPU') ;;
+esac
+if [ "$gpus" -lt 2 ] || ! grep -q ncclCommInitRank "$GPU"; then echo "one GPU, or no NCCL: several ranks are not tested"; result; exit; fi
+apart=1e-4
+ranks_options='-d 256 --dropout 0.2 --full-layers 1 --untied-head'
+good $small $flat -x 6 -o ranks.1 $ranks_options
+together 2 file:address $small $flat -x 6 -o ranks.2 $ranks_options
+near ranks.1/log.jsonl ranks.2/log.jsonl loss
+near ranks.1/log.jsonl ranks.2/log.jsonl val_loss
+bits="$flat --dtype bf16 --stochastic-rounding -d 256 --experts 4 --balance-loss 0 -z 1"
+good $small -x 6 -o bits.1 $bits
+together 2 file:address $small -x 6 -o bits.2 $bits
+apart=1e-2
+near bits.1/log.jsonl bits.2/log.jsonl loss
+rm -rf bits.parts
+cp -R bits.2 bits.parts
+rm -r bits.parts/step_00000006 bits.parts/latest bits.parts/best
+ln -s step_00000003 bits.parts/latest
+together 2 file:address -y -z 1 -o bits.parts
+same bits.2 bits.parts 00000006
+TRAIN=$CPU
+good -y -o bits.parts -x 7 --stochastic-rounding 0
+TRAIN=$GPU
+[ "$gpus" -gt 2 ] || apart 3 file:address 2 "would share one GPU" $small -d 384 -x 1 -o shared
 result

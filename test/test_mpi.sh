@@ -11,58 +11,7 @@ elif ! grep -q MPI_Init "$TRAIN"; then echo "$TRAIN was built without MPI: MPI i
 else mpi=1; fi
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
-# start N HOW FILE OPTIONS...: that many ranks; HOW is mpi, or what --init takes. Each leaves its pid in FILE.RANK.pid, what rank 0
-# says in FILE.out and what all complain about in FILE.err. The exit codes that are not 0, once each, are in $status.
-cat > rank.sh <<'END'
-echo $$ > "$1.${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-$RANK}}.pid"
-shift
-exec "$@"
-END
-start() {
-    ranks=$1 by=$2 file=$3; shift 3
-    if [ "$by" = mpi ]; then
-        mpirun -q --oversubscribe -np "$ranks" sh rank.sh "$file" "$TRAIN" "$@" > "$file.out" 2> "$file.err"
-        status=$?
-        [ $status -ne 0 ] || status=
-        return
-    fi
-    rm -f "$file.err"
-    rank=0 pids=
-    while [ $rank -lt "$ranks" ]; do
-        RANK=$rank WORLD_SIZE=$ranks sh rank.sh "$file" "$TRAIN" --init "$by" "$@" > "$file.$rank.out" 2>> "$file.err" &
-        pids="$pids $!" rank=$((rank + 1))
-    done
-    status=
-    for pid in $pids; do
-        wait "$pid"
-        code=$?
-        case " $status " in *" $code "*) ;; *) [ $code -eq 0 ] || status="$status $code" ;; esac
-    done
-    status=${status# }
-    cp "$file.0.out" "$file.out"
-}
-
-# together N HOW OPTIONS...: the ranks end well and complain about nothing
-together() {
-    ranks=$1 by=$2; shift 2
-    start "$ranks" "$by" run "$@"
-    if [ -z "$status" ] && [ ! -s run.err ]; then ok; else not_ok "exit $status: $*"; head -n 5 run.err; fi
-}
-# apart N HOW CODE FRAGMENT OPTIONS...: all end with that code, and one line says FRAGMENT
-apart() {
-    ranks=$1 by=$2 code=$3 fragment=$4; shift 4
-    start "$ranks" "$by" run "$@"
-    if [ "$status" = "$code" ] && [ "$(wc -l < run.err)" -eq 1 ] && grep -qF -e "$fragment" run.err; then ok
-    else not_ok "exit $status, not $code and \"$fragment\": $*"; head -n 5 run.err; fi
-}
 free_port() { port=$((${port:-$((20000 + $$ % 20000))} + 1)); tcp=tcp:localhost:$port; }
-same() { # A B STEP: their checkpoints and logs, to the last byte
-    for path in "$1/step_$3"/*; do check "$1 and $2 agree: $path" cmp "$path" "$2/step_$3/${path##*/}"; done
-    plain_log "$1/log.jsonl" > log1.txt
-    plain_log "$2/log.jsonl" > log2.txt
-    check "$1 and $2 agree: log" cmp log1.txt log2.txt
-}
-
 how=file:address
 [ -z "$mpi" ] || how=mpi
 small='-i text.txt --layers 2 --width 32 --heads 2 --kv-heads 1 -t 32 -b 2 -s 0 -m 5 -v 10 -d 256 -n 0'

@@ -3,16 +3,6 @@
 
 . test/lib.sh
 
-# same A B STEP: the checkpoints of that step agree to the last byte, and so do the logs
-same() {
-    for file in config.json model.safetensors state.safetensors modeling_nsa.py; do
-        check "$1 and $2 agree: $file" cmp "$1/step_$3/$file" "$2/step_$3/$file"
-    done
-    plain_log "$1/log.jsonl" > log1.txt
-    plain_log "$2/log.jsonl" > log2.txt
-    check "$1 and $2 agree: log" cmp log1.txt log2.txt
-}
-
 # --- from the middle of a run: the same weights, state and log
 small='-i text.txt --layers 2 --width 32 --heads 2 --kv-heads 1 -t 32 -b 2 -s 0 -m 2 -v 3 -x 10 -n 5 --keep 0'
 resumed() { # NAME OPTIONS...
