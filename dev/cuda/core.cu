@@ -22,6 +22,7 @@ static Config core_config(int H, int KV, int D, int full) {
     c.num_key_value_heads = KV;
     c.head_dim = D;
     c.v_head_dim = D == 192 ? 128 : D;
+    config_preset(&c, 0);      // paper
     c.attention = full ? ATTENTION_FULL : ATTENTION_NSA;
     c.torch_dtype = DTYPE_BF16;
     config_complete(&c);
