@@ -9,6 +9,7 @@
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
 #include "test/check.h"
+#include "bench.h"
 
 // A model of one layer around this attention, in bf16. What is outside of it is small.
 static Config core_config(int H, int KV, int D, int full) {
@@ -114,35 +115,6 @@ static int check_all(void) {
 // ----------------------------------------------------------------------------
 // Times
 
-static int ascending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
-// The median of several runs of `work`, each after `before`, which takes no part in it.
-template <typename Before, typename Run>
-static double median_ms(Before before, Run work) {
-    enum { RUNS = 11 };
-    float ms[RUNS];
-    cudaEvent_t begin, end;
-    CUDA(cudaEventCreate(&begin));
-    CUDA(cudaEventCreate(&end));
-    before();
-    work();
-    for (int i = 0; i < RUNS; i++) {
-        before();
-        CUDA(cudaEventRecord(begin));
-        work();
-        CUDA(cudaEventRecord(end));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms[i], begin, end));
-    }
-    CUDA(cudaEventDestroy(begin));
-    CUDA(cudaEventDestroy(end));
-    qsort(ms, RUNS, sizeof *ms, ascending);
-    return (double)ms[RUNS / 2];
-}
-
 // How many different blocks `count` neighbouring queries take together, on average; alone each takes up to n.
 static double blocks_together(const int *block_idx, const Config *c, int64_t T, int count) {
     const int n = c->sel_blocks, KV = c->num_key_value_heads;
@@ -159,21 +131,6 @@ static double blocks_together(const int *block_idx, const Config *c, int64_t T, 
     return (double)different / (double)max64(groups, 1);
 }
 
-__global__ void normal_kernel(bf16 *x, int64_t n, uint32_t seed) {
-    const int64_t i = global_thread();
-    if (i >= n) return;
-    uint32_t word[4];
-    const uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), 0, 0}, key[2] = {seed, 0};
-    philox4x32(word, counter, key);
-    const float u = ((float)word[0] + 0.5f) * 2.3283064e-10f, angle = (float)word[1] * 1.4629180e-9f;      // Box and Muller: 2^-32, 2π·2^-32
-    x[i] = (bf16)(sqrtf(-2 * logf(u)) * cosf(angle));
-}
-
-static void random_numbers(bf16 *x, int64_t n, uint32_t seed) {
-    normal_kernel<<<grid(n, THREADS), THREADS>>>(x, n, seed);
-    LAUNCHED();
-}
-
 // `layer` of the model, whose wide rows are there: as they are before RoPE.
 static void time_core(Model *m, int layer, int64_t T) {
     const Config *c = &m->config;
@@ -182,8 +139,8 @@ static void time_core(Model *m, int layer, int64_t T) {
     bf16 *wide = (bf16 *)device_malloc(bytes);
     device_copy(wide, a->wide, bytes);
     random_numbers(net<bf16>.work.dattention, dn, 5);
-    const double forward = median_ms([&] { device_copy(a->wide, wide, bytes); }, [&] { gpu_attention_core_forward<bf16>(m->twin, layer, 1, T); });
-    const double backward = median_ms([] {}, [&] { gpu_attention_core_backward<bf16>(m->twin, layer, 1, T); });
+    const double forward = median_ms(11, [&] { device_copy(a->wide, wide, bytes); }, [&] { gpu_attention_core_forward<bf16>(m->twin, layer, 1, T); });
+    const double backward = median_ms(11, [&] { gpu_attention_core_backward<bf16>(m->twin, layer, 1, T); });
     printf("%s T=%" PRId64 " H=%d KV=%d D=%d/%d: forward %.3f ms, backward %.3f ms, on %s\n", layer_is_full(c, layer) ? "full" : "nsa", T, c->num_attention_heads, c->num_key_value_heads,
            c->head_dim, c->v_head_dim, forward, backward, gpu.name);
     if (!layer_is_full(c, layer)) {
