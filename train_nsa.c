@@ -5556,20 +5556,29 @@ void list_slices(Model *m) {
     }
 }
 
-// The number of parameters, from the table alone, and in *state (or NULL) of how many this rank has AdamW's state.
+// The table alone, for counting.
+void table_create(Model *m, const Config *config) {
+    memset(m, 0, sizeof *m);
+    m->config = *config;
+    m->layers = (LayerWeights *)xcalloc((size_t)config->num_hidden_layers, sizeof(LayerWeights));
+    list_params(m);
+}
+
+void table_free(Model *m) {
+    free(m->layers);
+    free(m->params);
+    free(m->slices);
+}
+
+// The number of parameters, and in *state (or NULL) of how many this rank has AdamW's state.
 int64_t count_state(const Config *config, int64_t *state) {
     Model m;
-    memset(&m, 0, sizeof m);
-    m.config = *config;
-    m.layers = (LayerWeights *)xcalloc((size_t)config->num_hidden_layers, sizeof(LayerWeights));
-    list_params(&m);
+    table_create(&m, config);
     if (state) {
         list_slices(&m);
         *state = m.state_elements;
     }
-    free(m.layers);
-    free(m.params);
-    free(m.slices);
+    table_free(&m);
     return m.num_elements;
 }
 int64_t count_params(const Config *config) { return count_state(config, NULL); }
@@ -7290,10 +7299,7 @@ static double mean_keys(double per, double T) { return per >= T ? (T + 1) / 2 : 
 // FLOPs of a token in forward: `matrices` those of products with weights, `attention` those of scores and sums.
 void token_flops(const Config *c, double T, double *matrices, double *attention) {
     Model m;
-    memset(&m, 0, sizeof m);
-    m.config = *c;
-    m.layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
-    list_params(&m);
+    table_create(&m, c);
     *matrices = *attention = 0;
     for (int i = 0; i < m.num_params; i++) {
         const Param *p = &m.params[i];
@@ -7309,8 +7315,7 @@ void token_flops(const Config *c, double T, double *matrices, double *attention)
         const double keys = layer_is_full(c, l) ? (T + 1) / 2 : selected + window + blocks;
         *attention += 2 * H * (D + Dv) * keys + (layer_is_full(c, l) ? 0 : 2 * H * D * blocks);     // the last: importance
     }
-    free(m.layers);
-    free(m.params);
+    table_free(&m);
 }
 
 void print_plan(const Run *run) {
@@ -7326,14 +7331,16 @@ void print_plan(const Run *run) {
     // Backward: two products for each of forward's, five of attention's for its two. -r 2 makes forward again, -r 1 (about) its FFN's half.
     const double forward = matrices + attention, backward = 2 * matrices + 2.5 * attention + (o->recompute > 1 ? forward : o->recompute ? matrices / 2 : 0);
     const double rate = o->tflops * 1e12, link = o->link * 1e9, sent = N > 1 ? (N - 1) / N * 4 * params : 0;
+    const double back = ON_GPU && o->zero && c->torch_dtype == DTYPE_BF16 ? sent / 2 : sent;      // gradients or weights
     const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * T * backward / rate;
     const double embedding = sent * (double)c->vocab_size * c->hidden_size / params;      // the last bucket: nothing is left to hide it
-    const double reduce = (o->zero ? 1 : 2) * sent / link, hidden = fmin(micro, reduce * (1 - embedding / fmax(sent, 1))), gather = o->zero ? sent / link : 0;
+    const double reduce = (o->zero ? sent : sent + back) / link, hidden = fmin(micro, reduce * (1 - embedding / fmax(sent, 1))), gather = o->zero ? back / link : 0;
     const double step = compute + reduce - hidden + gather;
     printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d ranks x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
            human_count((double)o->total_batch), run->ranks, run->accumulation, o->batch, o->seq_len);
     printf("memory     %s on each rank%s\n%s", human_bytes(bytes), o->zero && N > 1 ? ", with its share of AdamW's state (-z 1)" : "", table.data);
-    printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(2 * sent), o->zero ? " one way, weights in f32 back" : ", both ways");
+    printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(sent + back),
+           !o->zero ? ", both ways" : back < sent ? " one way, weights in bf16 back" : " one way, weights in f32 back");
     printf("compute    %s a token, forward and backward: %.3g s a step at %g TFLOP/s (--tflops)\n", human((forward + backward), "FLOP"), compute, o->tflops);
     printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather, o->link, hidden);
     printf("step       %.3g s, %s tok/s; %.1f%% of it is compute\n", step, human_count((double)o->total_batch / step), 100 * compute / step);

@@ -120,11 +120,14 @@ static void nccl_shares(int64_t begin, int64_t end, int64_t *each, int64_t *mine
     *rest = begin + comm.ranks * *each;
 }
 
+// The sums of all of x (n), on every rank.
+static void nccl_sum(float *x, int64_t n) { NCCL(ncclAllReduce(x, x, (size_t)n, ncclFloat, ncclSum, nccl, between_ranks)); }
+
 // The sums of x[begin..end) over the ranks: all of them, or with -z 1 this rank's share.
 static void nccl_reduce(float *x, int64_t begin, int64_t end) {
     int64_t each, mine, rest;
     if (comm.shards == 1) {
-        NCCL(ncclAllReduce(x + begin, x + begin, (size_t)(end - begin), ncclFloat, ncclSum, nccl, between_ranks));
+        nccl_sum(x + begin, end - begin);
         return;
     }
     nccl_shares(begin, end, &each, &mine, &rest);
@@ -135,12 +138,14 @@ static void nccl_reduce(float *x, int64_t begin, int64_t end) {
 }
 
 // Every rank gets every share of x[begin..end).
-static void nccl_gather(float *x, int64_t begin, int64_t end) {
+template <typename F>
+static void nccl_gather(F *x, int64_t begin, int64_t end) {
+    const ncclDataType_t type = sizeof(F) == 2 ? ncclBfloat16 : ncclFloat;
     int64_t each, mine, rest;
     nccl_shares(begin, end, &each, &mine, &rest);
     NCCL(ncclGroupStart());
-    if (each) NCCL(ncclAllGather(x + mine, x + begin, (size_t)each, ncclFloat, nccl, between_ranks));
-    if (rest < end) NCCL(ncclBroadcast(x + rest, x + rest, (size_t)(end - rest), ncclFloat, comm.ranks - 1, nccl, between_ranks));
+    if (each) NCCL(ncclAllGather(x + mine, x + begin, (size_t)each, type, nccl, between_ranks));
+    if (rest < end) NCCL(ncclBroadcast(x + rest, x + rest, (size_t)(end - rest), type, comm.ranks - 1, nccl, between_ranks));
     NCCL(ncclGroupEnd());
 }
 #else       // with one rank there is nobody to talk to, and nccl_open lets no more start
@@ -151,7 +156,8 @@ static void nccl_open(int device, int count) {
 static void nccl_after_compute(void) {}
 static void nccl_wait(void) {}
 static void nccl_reduce(float *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
-static void nccl_gather(float *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
+template <typename F> static void nccl_gather(F *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
+static void nccl_sum(float *x, int64_t n) { (void)x, (void)n; }
 #endif
 
 // The first GPU that the system shows (CUDA_VISIBLE_DEVICES chooses), the second for the second rank of a machine, and so on. Called
@@ -3046,6 +3052,24 @@ struct Net {
 };
 template <typename F> static Net<F> net;        // one model at a time
 
+// In bf16 with -z 1 a rank has master weights of its own slices alone, where their state lies, and whole what kernels read in f32.
+// The twin's `weights` are then nothing but places, those of the gradients.
+static struct { float *masters, *small; int64_t *small_at; } zero1;     // small_at[i]: of tensor i in small; masters NULL: not so
+static int shares_masters(const Config *c, int train) { return train && comm.shards > 1 && c->torch_dtype == DTYPE_BF16; }
+
+// What kernels read in f32: all that is no matrix of a product, and the weights of gates on q.
+static int param_is_small(const Param *p) { return !ends_with(p->name, ".weight") || param_is_norm(p) || ends_with(p->name, ".gate_q.weight"); }
+
+// Numbers of the small tensors; small_at as above, or NULL.
+static int64_t count_small(const Model *m, int64_t *small_at) {
+    int64_t n = 0;
+    for (int i = 0; i < m->num_params; i++) {
+        if (small_at) small_at[i] = n;
+        if (param_is_small(&m->params[i])) n += m->params[i].count;
+    }
+    return n;
+}
+
 // The tests hand the CPU's choices over, of blocks (L) arrays of (B,T,KV,n) and of experts (L) arrays of (N,k) in the GPU's
 // memory, so that a tie that falls the other way does not look like an error.
 static int **given_block_idx, **given_experts;
@@ -3233,8 +3257,14 @@ int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int t
     device_open();      // how sums are cut into parts follows from the GPU
     if (is_bf16(c)) net_bytes<bf16>(bytes, c, B, T, recompute, train);
     else net_bytes<float>(bytes, c, B, T, recompute, train);
-    const int64_t all = params + weights_slack(c);
-    const int64_t part[] = {is_bf16(c) ? all + all / 2 + 1 : all, train ? all : 0, train ? 2 * state : 0, bytes[0] / number, bytes[1] / number};
+    int64_t all = params + weights_slack(c), weights = is_bf16(c) ? all + all / 2 + 1 : all;
+    if (shares_masters(c, train)) {
+        Model m;
+        table_create(&m, c);
+        weights += state + count_small(&m, NULL) - all;
+        table_free(&m);
+    }
+    const int64_t part[] = {weights, train ? all : 0, train ? 2 * state : 0, bytes[0] / number, bytes[1] / number};
     return memory_table(part, table);
 }
 
@@ -3289,15 +3319,23 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
         g->config = *c;
         g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
         list_params(g);      // counts
-        g->weights = weights_alloc<float>(g);
+        if (shares_masters(c, train)) {
+            list_slices(g);
+            zero1.masters = (float *)device_malloc(g->state_elements * (int64_t)sizeof(float));
+            zero1.small_at = (int64_t *)xmalloc((size_t)g->num_params * sizeof(int64_t));
+            zero1.small = (float *)device_malloc(count_small(g, zero1.small_at) * (int64_t)sizeof(float));
+            g->weights = g->grads = weights_alloc<float>(g);
+        } else {
+            g->weights = weights_alloc<float>(g);
+        }
         list_params(g);
     }
     g->B = (int)B;
     g->T = (int)T;
     g->recompute = recompute;
     g->train = train;
-    if (train && !g->grads) {
-        g->grads = weights_alloc<float>(g);
+    if (train && !g->adam_m) {
+        if (!g->grads) g->grads = weights_alloc<float>(g);
         float **state[] = {&g->adam_m, &g->adam_v};
         list_slices(g);
         list_slices(m);
@@ -3318,12 +3356,14 @@ void device_free(Model *m) {
     Model *g = m->twin;
     if (is_bf16(&g->config)) net_free<bf16>(g);
     else net_free<float>(g);
-    float *all[] = {g->weights, g->grads, g->adam_m, g->adam_v};
+    float *all[] = {zero1.masters ? NULL : g->weights, g->grads, g->adam_m, g->adam_v, zero1.masters, zero1.small};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) CUDA(cudaFree(all[i]));
     free(g->layers);
     free(g->params);
     free(g->slices);
     free(g);
+    free(zero1.small_at);
+    memset(&zero1, 0, sizeof zero1);
     m->twin = NULL;
 }
 
@@ -3353,33 +3393,76 @@ __global__ void round_weights_kernel(bf16 *out, const float *weights, int64_t n,
     if (i < n) out[i] = round_weight(weights[i], i, stochastic);
 }
 
-static void round_weights(const Model *m) {
-    const int64_t n = m->num_elements;
-    if (!is_bf16(&m->config)) return;
-    round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, m->twin->weights, n, m->stochastic_rounding);
-    LAUNCHED();
+// Every rank gets all numbers of x (as many as the weights) from the ranks whose slices they are.
+template <typename F>
+static void gather_buckets(const Model *g, F *x) {
+    nccl_after_compute();
+    for (int b = 0; b < bucket_count(g); b++) {
+        int64_t begin, end;
+        bucket_range(g, b, &begin, &end);
+        nccl_gather(x, begin, end);
+    }
 }
 
+// A slice of the master weights, and the part of a small tensor that it is.
+static void store_small(const Model *g, const Slice *slice) {
+    if (!param_is_small(&g->params[slice->param])) return;
+    device_copy(zero1.small + zero1.small_at[slice->param] + slice->first, zero1.masters + slice->at, slice->count * (int64_t)sizeof(float));
+}
+
+// Where masters are shared, the gradients' memory is free before the first step and between steps: all weights pass through it.
 void device_store(Model *m) {
-    const int64_t state = m->state_elements * (int64_t)sizeof(float);
-    to_device(m->twin->weights, m->weights, m->num_elements * (int64_t)sizeof(float));
-    round_weights(m);
-    if (!m->twin->train) return;
-    to_device(m->twin->adam_m, m->adam_m, state);
-    to_device(m->twin->adam_v, m->adam_v, state);
+    const Model *g = m->twin;
+    const int64_t n = m->num_elements, number = (int64_t)sizeof(float);
+    to_device(g->weights, m->weights, n * number);
+    if (is_bf16(&m->config)) {
+        round_weights_kernel<<<grid(n, THREADS), THREADS>>>(net<bf16>.weights, g->weights, n, m->stochastic_rounding);
+        LAUNCHED();
+    }
+    for (int i = 0; i < g->num_slices && zero1.masters; i++) {
+        const Slice *slice = &g->slices[i];
+        device_copy(zero1.masters + slice->at, g->weights + g->params[slice->param].offset + slice->first, slice->count * number);
+    }
+    for (int i = 0; i < g->num_params && zero1.masters; i++)
+        if (param_is_small(&g->params[i])) device_copy(zero1.small + zero1.small_at[i], g->weights + g->params[i].offset, g->params[i].count * number);
+    if (!g->train) return;
+    to_device(g->adam_m, m->adam_m, m->state_elements * number);
+    to_device(g->adam_v, m->adam_v, m->state_elements * number);
 }
 
 void device_fetch(Model *m) {
-    const int64_t state = m->state_elements * (int64_t)sizeof(float);
-    to_host(m->weights, m->twin->weights, m->num_elements * (int64_t)sizeof(float));
-    if (!m->twin->train) return;
-    to_host(m->adam_m, m->twin->adam_m, state);
-    to_host(m->adam_v, m->twin->adam_v, state);
+    const Model *g = m->twin;
+    const int64_t number = (int64_t)sizeof(float);
+    if (zero1.masters) {
+        for (int i = 0; i < g->num_slices; i++) {
+            const Slice *slice = &g->slices[i];
+            device_copy(g->weights + g->params[slice->param].offset + slice->first, zero1.masters + slice->at, slice->count * number);
+        }
+        gather_buckets(g, g->weights);
+        nccl_wait();
+    }
+    to_host(m->weights, g->weights, m->num_elements * number);
+    if (!g->train) return;
+    to_host(m->adam_m, g->adam_m, m->state_elements * number);
+    to_host(m->adam_v, g->adam_v, m->state_elements * number);
 }
 
 // A matrix as products read it; `w` is its place in the twin's weights.
 template <typename F>
 static const F *matrix(const Model *g, const float *w) { return net<F>.weights + (w - g->weights); }
+
+// What kernels read in f32; `w` is its place too.
+static float *small(const Model *g, float *w) {
+    if (!zero1.masters || !w) return w;
+    int low = 0, high = g->num_params;      // params[low].offset <= place < params[high].offset
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (g->params[middle].offset <= w - g->weights) low = middle;
+        else high = middle;
+    }
+    if (!param_is_small(&g->params[low])) die(1, "internal error: %s is read in f32", g->params[low].name);
+    return zero1.small + zero1.small_at[low] + (w - g->weights - g->params[low].offset);
+}
 
 // ----------------------------------------------------------------------------
 // Forward: each function is its namesake of train_nsa.c with kernels for loops. Norms are made by whoever adds to the residual
@@ -3395,6 +3478,17 @@ template <typename F>
 static CompressMatrices<F> compress_matrices(const Model *g, const CompressWeights *w) {
     CompressMatrices<F> m = {matrix<F>(g, w->fc1), matrix<F>(g, w->fc2), matrix<F>(g, w->conv)};
     return m;
+}
+
+// The vectors beside them.
+static CompressWeights compress_vectors(const Model *g, const CompressWeights *w) {
+    CompressWeights v;
+    memset(&v, 0, sizeof v);
+    v.pos = small(g, w->pos);
+    v.fc1_bias = small(g, w->fc1_bias);
+    v.fc2_bias = small(g, w->fc2_bias);
+    v.conv_bias = small(g, w->conv_bias);
+    return v;
 }
 
 // Heads that turn with their token's place: q's and those of each branch's k but the compressed one's, which turn as blocks.
@@ -3425,8 +3519,8 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
     const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
 
     if (nsa) {      // before RoPE turns q
-        gates_forward_kernel<<<grid(N * BRANCHES * H, THREADS), THREADS>>>(a->gates, (const F *)a->wide + row.gate, row.size, (const F *)a->wide, row.size, w->gate_weight,
-                                                                          w->gate_bias, N, H, D, c->gate);
+        gates_forward_kernel<<<grid(N * BRANCHES * H, THREADS), THREADS>>>(a->gates, (const F *)a->wide + row.gate, row.size, (const F *)a->wide, row.size, small(g, w->gate_weight),
+                                                                          small(g, w->gate_bias), N, H, D, c->gate);
         LAUNCHED();
     }
     gpu_rope<F>(a->wide, row.size, NULL, g->rope, N, T, 1, &turning, D, 1);
@@ -3439,7 +3533,8 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             for (int i = 0; i < 2; i++) {
                 const CompressShape cs = compress_shape(c, B, T, row.size, i);
                 const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
-                gpu_compress_forward<F>(a->compressed[i], a->hidden[i], i ? v : k, &w->compress[i], &m, &cs, s->compress);
+                const CompressWeights vectors = compress_vectors(g, &w->compress[i]);
+                gpu_compress_forward<F>(a->compressed[i], a->hidden[i], i ? v : k, &vectors, &m, &cs, s->compress);
             }
             k = a->compressed[0];
             v = a->compressed[1];
@@ -3467,7 +3562,7 @@ static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t 
     const int64_t N = B * T, C = c->hidden_size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
     gpu_linear_forward(a->wide, gpu_wide_row(c, layer).size, s->norm, C, matrix<F>(g, w->wide), N, C, wide_row(c, layer).size);
     gpu_linear_forward(s->y, C, gpu_attention_core_forward<F>(g, layer, B, T), HDv, matrix<F>(g, w->o), N, HDv, C);
-    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, w->norm2, N, C, c->rms_norm_eps, dropout_at(c, T, 2 * layer + 1, info));
+    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, small(g, w->norm2), N, C, c->rms_norm_eps, dropout_at(c, T, 2 * layer + 1, info));
 }
 
 // What backward needs of the FFN: work.norm (of mid) to gate_up, and the experts' routing and gate_up.
@@ -3505,7 +3600,7 @@ static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, con
         const MoeShape moe = moe_shape(c, N, info);
         gpu_moe_forward<F>(s->y, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
     }
-    gpu_add_norm<F>(a->out, s->norm, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, last ? g->norm : g->layers[layer + 1].norm1, N, C,
+    gpu_add_norm<F>(a->out, s->norm, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
                     c->rms_norm_eps, dropout_at(c, T, 2 * layer + 2, info));
 }
 
@@ -3537,7 +3632,7 @@ static void gpu_embed(const Model *g, int64_t B, int64_t T, const StepInfo *info
     const int64_t N = B * T, C = g->config.hidden_size;
     embed_kernel<<<(unsigned)N, THREADS>>>(a->x, net<F>.work.tokens, matrix<F>(g, g->embed), C, dropout_at(&g->config, T, 0, info));
     LAUNCHED();
-    gpu_rmsnorm_forward<F>(net<F>.work.norm, a->rstd1, a->x, g->layers[0].norm1, N, C, g->config.rms_norm_eps);
+    gpu_rmsnorm_forward<F>(net<F>.work.norm, a->rstd1, a->x, small(g, g->layers[0].norm1), N, C, g->config.rms_norm_eps);
 }
 
 // Leaves the last layer's output, and its norm in work.norm.
@@ -3574,7 +3669,7 @@ static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInf
     }
     if (info) {
         device_zero(s->dx, N * C * (int64_t)sizeof(F));
-        gpu_rmsnorm_backward<F>(s->dx, g->grads + (g->norm - g->weights), s->dnorm, net<F>.acts[c->num_hidden_layers - 1].out, g->final_rstd, g->norm, N, C, s->parts);
+        gpu_rmsnorm_backward<F>(s->dx, g->grads + (g->norm - g->weights), s->dnorm, net<F>.acts[c->num_hidden_layers - 1].out, g->final_rstd, small(g, g->norm), N, C, s->parts);
     }
 }
 
@@ -3639,7 +3734,7 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
     const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 2, info));
-    gpu_norm_again<F>(s->norm, a->rstd2, a->mid, w->norm2, N, C);
+    gpu_norm_again<F>(s->norm, a->rstd2, a->mid, small(g, w->norm2), N, C);
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
         gpu_swiglu_backward(a->gate_up, s->ffn, s->ffn, N, width);
@@ -3655,7 +3750,7 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
         LAUNCHED();
         gpu_linear_backward(s->dnorm, C, grad_of(g, w->router), s->drouter, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E, 1);
     }
-    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm2), s->dnorm, a->mid, a->rstd2, w->norm2, N, C, s->parts);
+    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm2), s->dnorm, a->mid, a->rstd2, small(g, w->norm2), N, C, s->parts);
 }
 
 // dwide of all branches, every column of it.
@@ -3683,12 +3778,13 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
         for (int i = 0; i < 2; i++) {
             const CompressShape cs = compress_shape(c, B, T, row.size, i);
             const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
+            const CompressWeights vectors = compress_vectors(g, &w->compress[i]);
             CompressWeights wc = w->compress[i], dw = wc;
             CompressTensor list[COMPRESS_TENSORS];
             const int count = compress_tensors(list, c->compress, KV, c->cmp_block, cs.D);
             for (int t = 0; t < count; t++) *compress_pointer(&dw, &list[t]) = grad_of(g, *compress_pointer(&wc, &list[t]));
             const int64_t at = (i ? row.v : row.k)[CMP];
-            gpu_compress_backward<F>(s->dwide + at, &dw, s->dcompressed[i], a->hidden[i], a->wide + at, &wc, &m, &cs, s->compress, s->parts);
+            gpu_compress_backward<F>(s->dwide + at, &dw, s->dcompressed[i], a->hidden[i], a->wide + at, &vectors, &m, &cs, s->compress, s->parts);
         }
     }
     gpu_rope<F>(s->dwide, row.size, NULL, g->rope, N, T, 1, &keys, D, -1);
@@ -3701,7 +3797,7 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
     gpu_rope<F>(a->wide + row.q, row.size, NULL, g->rope, N, T, 1, &queries, D, -1);
     const GateWeightGradient<F> value = {s->dgates, a->wide, row.size, H, D};
     column_sums(grad_of(g, w->gate_weight), N, (int64_t)BRANCHES * H * D, value, s->parts);
-    gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(s->dwide, row.size, s->dgates, w->gate_weight, N, H, D);
+    gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(s->dwide, row.size, s->dgates, small(g, w->gate_weight), N, H, D);
     LAUNCHED();
 }
 
@@ -3720,9 +3816,9 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 1, info));
     gpu_linear_backward(s->dattention, HDv, grad_of(g, w->o), dy, C, attention, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
     gpu_attention_core_backward<F>(g, layer, B, T);
-    gpu_norm_again<F>(s->norm, a->rstd1, a->x, w->norm1, N, C);
+    gpu_norm_again<F>(s->norm, a->rstd1, a->x, small(g, w->norm1), N, C);
     gpu_linear_backward(s->dnorm, C, grad_of(g, w->wide), s->dwide, row, s->norm, C, matrix<F>(g, w->wide), N, C, wide, 0);
-    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, w->norm1, N, C, s->parts);
+    gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, small(g, w->norm1), N, C, s->parts);
 }
 
 // The places of each token that occurs, in the order of the text: made by the host, which has the tokens.
@@ -3756,10 +3852,10 @@ static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const Ste
     const GpuActs<F> *a = &net<F>.acts[layer];
     F *norm = net<F>.work.norm;
     if (g->recompute >= 2) {
-        gpu_norm_again<F>(norm, a->rstd1, a->x, w->norm1, B * T, c->hidden_size);
+        gpu_norm_again<F>(norm, a->rstd1, a->x, small(g, w->norm1), B * T, c->hidden_size);
         gpu_attention_layer_forward<F>(g, layer, B, T, info);
     } else if (g->recompute >= 1) {
-        gpu_norm_again<F>(norm, a->rstd2, a->mid, w->norm2, B * T, c->hidden_size);
+        gpu_norm_again<F>(norm, a->rstd2, a->mid, small(g, w->norm2), B * T, c->hidden_size);
     }
     if (g->recompute < 1) return;
     gpu_ffn_inputs_forward<F>(g, layer, B * T, info);
@@ -3849,12 +3945,12 @@ void device_reduce_grads(Model *m) {
 
 double device_grad_norm(const Model *m) {
     const Model *g = m->twin;
-    const int shared = comm.shards > 1;
+    const int slices = comm.shards > 1;
     double *place = is_bf16(&m->config) ? net<bf16>.work.norm_sums : net<float>.work.norm_sums, total = 0;
     int64_t chunks = 0;
-    for (int b = 0; b < (shared ? bucket_count(g) : 1); b++) {
+    for (int b = 0; b < (slices ? bucket_count(g) : 1); b++) {
         int64_t from = 0, to = g->num_elements;
-        if (shared) bucket_share(g, b, &from, &to);
+        if (slices) bucket_share(g, b, &from, &to);
         if (from == to) continue;
         const unsigned blocks = grid(to - from, SUM_CHUNK);
         square_sums_kernel<<<blocks, THREADS>>>(place + chunks, g->grads + from, to - from);
@@ -3865,7 +3961,7 @@ double device_grad_norm(const Model *m) {
     to_host(sums, place, chunks * (int64_t)sizeof(double));
     for (int64_t i = 0; i < chunks; i++) total += sums[i];
     free(sums);
-    if (shared) comm_sum(&total, 1);
+    if (slices) comm_sum(&total, 1);
     return sqrt(total);
 }
 
@@ -3885,25 +3981,26 @@ __global__ void adamw_kernel(float *w, bf16 *copy, float *am, float *av, const f
 void device_adamw(Model *m, double lr, double beta1, double beta2, double eps, double decay, int64_t t, double clip) {
     const Model *g = m->twin;
     AdamStep a = {(float)beta1, (float)beta2, (float)eps, (float)clip, (float)(lr / (1 - pow(beta1, (double)t))), (float)(1 / (1 - pow(beta2, (double)t))), 0, m->stochastic_rounding};
-    const int shared = comm.shards > 1;
+    const int64_t small_bytes = zero1.masters ? count_small(g, NULL) * (int64_t)sizeof(float) : 0;
+    device_zero(zero1.small, small_bytes);
     for (int i = 0; i < g->num_slices; i++) {
         const Slice *slice = &g->slices[i];
         const Param *p = &g->params[slice->param];
         const int64_t at = p->offset + slice->first;
-        bf16 *copy = is_bf16(&m->config) && !shared ? net<bf16>.weights + at : NULL;
+        float *w = zero1.masters ? zero1.masters + slice->at : g->weights + at;
+        bf16 *copy = is_bf16(&m->config) ? net<bf16>.weights + at : NULL;
         a.shrink = (float)(param_decays(p) ? lr * decay : 0);
-        adamw_kernel<<<grid(slice->count, THREADS), THREADS>>>(g->weights + at, copy, g->adam_m + slice->at, g->adam_v + slice->at, g->grads + at, at, slice->count, a);
+        adamw_kernel<<<grid(slice->count, THREADS), THREADS>>>(w, copy, g->adam_m + slice->at, g->adam_v + slice->at, g->grads + at, at, slice->count, a);
         LAUNCHED();
+        if (zero1.masters) store_small(g, slice);
     }
-    if (shared) {
-        nccl_after_compute();
-        for (int b = 0; b < bucket_count(g); b++) {
-            int64_t begin, end;
-            bucket_range(g, b, &begin, &end);
-            nccl_gather(g->weights, begin, end);
+    if (comm.shards > 1) {
+        if (!zero1.masters) gather_buckets(g, g->weights);
+        else {
+            gather_buckets(g, net<bf16>.weights);
+            nccl_sum(zero1.small, small_bytes / (int64_t)sizeof(float));      // each number is one rank's, and 0 on the others
         }
         nccl_wait();
-        round_weights(m);
     }
     CUDA(cudaDeviceSynchronize());      // so that a step's time is its own
 }

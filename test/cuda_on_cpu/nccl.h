@@ -4,7 +4,7 @@
 #pragma once
 
 enum ncclResult_t { ncclSuccess, ncclSystemError };
-enum ncclDataType_t { ncclFloat };
+enum ncclDataType_t { ncclFloat = 4, ncclBfloat16 = 2 };     // their bytes
 enum ncclRedOp_t { ncclSum };
 typedef int ncclComm_t;
 typedef struct { char internal[128]; } ncclUniqueId;
@@ -46,13 +46,15 @@ static inline ncclResult_t ncclReduce(const void *in, void *out, size_t n, ncclD
     if (comm.rank == root) emu_sum(out, all, 0, n);
     return ncclSuccess;
 }
-static inline ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t, ncclComm_t, cudaStream_t) {
-    const std::vector<float> all = emu_all(in, n);
-    memcpy(out, all.data(), all.size() * sizeof(float));
+static inline ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t type, ncclComm_t, cudaStream_t) {
+    std::vector<char> all(n * type * (size_t)comm.ranks);
+    comm_gather(all.data(), in, (int64_t)(n * type));
+    memcpy(out, all.data(), all.size());
     return ncclSuccess;
 }
-static inline ncclResult_t ncclBroadcast(const void *in, void *out, size_t n, ncclDataType_t, int root, ncclComm_t, cudaStream_t) {
-    const std::vector<float> all = emu_all(in, n);
-    memcpy(out, all.data() + n * (size_t)root, n * sizeof(float));
+static inline ncclResult_t ncclBroadcast(const void *in, void *out, size_t n, ncclDataType_t type, int root, ncclComm_t, cudaStream_t) {
+    std::vector<char> all(n * type * (size_t)comm.ranks);
+    comm_gather(all.data(), in, (int64_t)(n * type));
+    memcpy(out, all.data() + n * type * (size_t)root, n * type);
     return ncclSuccess;
 }
