@@ -2475,12 +2475,6 @@ __device__ static inline void slab_times_turned(float (*d)[4], const bf16 *left,
         wgmma<N>(d, swizzled_matrix(left + panel * left_rows * PANEL + inside, left_rows), swizzled_matrix(tile + panel * rows * PANEL + inside, rows), step > 0);
     }
 }
-// The same with the left factor in registers.
-template <int W, int N>
-__device__ static inline void factor_times_turned(float (*d)[4], const unsigned (*left)[4], const bf16 *tile, int rows) {
-    #pragma unroll
-    for (int step = 0; step < W / 16; step++) wgmma<N, 0>(d, left[step], swizzled_matrix(tile + step / 4 * rows * PANEL + step % 4 * 16, rows), step > 0);
-}
 // d (64,W) += left (64,ROWS) · (the tile (ROWS,W))
 template <int W, int ROWS>
 __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*left)[4], const bf16 *tile) {
@@ -2752,10 +2746,11 @@ __global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const flo
     if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
 }
 
-// dq, as fast_dq_kernel. Queries and dout stay in registers; the products of a tile follow those of the one before without a gap.
+// dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
+// spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
 template <int D, int DV>
 struct HopperDq {
-    enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, KEYS = 64, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, KEYS = D == 64 ? 128 : 64, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
     enum { BYTES = (ROWS + STAGES * KEYS) * (D + DV) * 2, BARRIERS = 2 + 2 * STAGES };
 };
 
@@ -2800,33 +2795,25 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     }
 
     registers_more<compute_registers<SLABS>>();
-    const int slab = group - 1, first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const int slab = group - 1;
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
         const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
         const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
-        unsigned qs[D / 16][4], dos[DV / 16][4], slopes[KEYS / 16][4];
+        unsigned slopes[KEYS / 16][4];
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         RowStats of_row[2];
         #pragma unroll
         for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
         barrier_wait(q_full, q_ring.parity);
-        #pragma unroll
-        for (int step = 0; step < D / 16; step++) ldmatrix_x4(qs[step], panel_chunk(q_tile, ROWS, first + lane() % 16, step * 2 + lane() / 16));
-        #pragma unroll
-        for (int step = 0; step < DV / 16; step++) ldmatrix_x4(dos[step], panel_chunk(dout_tile, ROWS, first + lane() % 16, step * 2 + lane() / 16));
-        __syncwarp();
-        if (lane() == 0) barrier_arrive(q_empty);
-        q_ring.next();
-
         int last = 0;       // the stage before this one
         for (int i = 0; i < x.steps; i++, ring.next()) {
             const bf16 *key_tile = key_tiles + ring.at * KEYS * D, *value_tile = value_tiles + ring.at * KEYS * DV;
             barrier_wait(full + ring.at, ring.parity);
             wgmma_begin();
-            factor_times_turned<D, KEYS>(p, qs, key_tile, KEYS);
+            slab_times_turned<D, KEYS>(p, q_tile + slab * SLAB_ROWS * PANEL, ROWS, key_tile, KEYS);
             wgmma_commit();
-            factor_times_turned<DV, KEYS>(dp, dos, value_tile, KEYS);
+            slab_times_turned<DV, KEYS>(dp, dout_tile + slab * SLAB_ROWS * PANEL, ROWS, value_tile, KEYS);
             wgmma_commit();
             wgmma_wait<1>();        // the scores, and before them the last tile's sum
             wgmma_done<KEYS>(p);
@@ -2861,6 +2848,8 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         wgmma_wait<0>();
         wgmma_done<D>(sum);
         if (x.steps > 0 && lane() == 0) barrier_arrive(empty + last);
+        if (lane() == 0) barrier_arrive(q_empty);
+        q_ring.next();
 
         #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -2920,7 +2909,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     if (group == 0) {
         registers_fewer<copy_registers<SLABS>>();
         if (threadIdx.x >= WARP) return;
-        if (lane() == 0) {
+        if (steps > 0 && lane() == 0) {
             barrier_expect(keys_full, KEYS * (D + DV) * 2);
             copy_tile<D>(key_tile, KEYS, &k_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
             copy_tile<DV>(value_tile, KEYS, &v_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);

@@ -328,6 +328,7 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
 #endif
     w->current = -1;
     if (w->live) stop("threads of a block are left over");
+    if (!w->boxes.empty()) stop("a block ends before what it copies has been waited for");
 #if defined(__SANITIZE_ADDRESS__)
     if (shared) __asan_unpoison_memory_region(memory, whole);
 #endif
