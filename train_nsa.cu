@@ -1534,7 +1534,7 @@ static void simple_select_weights(float *weights, const F *q, const F *k, const 
 
 #define LOG2E 1.4426950408889634f
 static const char *const FAST_NAME = "attention in bf16", *const FAST_FIX = "--dtype f32";       // when a block's memory is too small
-enum { MMA_ROWS = 16, FAST_WARPS = 4, RANGE_KEYS = 64, HOPPER_KEYS = 128, SELECTED_KEYS = 32, SELECTED_WARPS = 2 };
+enum { MMA_ROWS = 16, FAST_WARPS = 4, RANGE_KEYS = 64, SELECTED_KEYS = 32, SELECTED_WARPS = 2 };
 
 // 1 if the fast tier takes this shape: row sizes that 16-byte copies can follow, and positions that fit an int.
 static int fast_attention(const AttentionShape *s, const Mask *mask) {
@@ -2329,9 +2329,11 @@ __global__ void takers_start_kernel(Takers takers, int64_t group_items) {
     if (threadIdx.x == PART_THREADS - 1) start[takers.blocks] = sum;
 }
 
+static int64_t takers_scratch(const AttentionShape *s, const Mask *mask) {
+    return mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
+}
 static int64_t fast_attention_partial(const AttentionShape *s, const Mask *mask) {
-    const int64_t lists = mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
-    return max64(lists, parts_numbers(RANGE_KEYS, mask, s));        // the lists are made before the parts are
+    return max64(takers_scratch(s, mask), parts_numbers(RANGE_KEYS, mask, s));      // the lists are made before the parts are
 }
 
 static Takers takers_or_none(const Takers *takers) {
@@ -2404,7 +2406,7 @@ static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16
 #define HOPPER_CODE 0       // another architecture is compiled: these kernels are empty there
 #endif
 
-enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
+enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
 struct alignas(1024) SharedKilobyte { unsigned char bytes[1024]; };     // what a swizzled tile must be aligned to
 
 // Whether this program was compiled for this GPU's wgmma.
@@ -2420,9 +2422,12 @@ static int hopper_code(void) {
     return there;
 }
 
-// 1 if this tier takes the shape, which fast_attention has let pass.
+// 1 if this tier takes the shape, which fast_attention has let pass. Selection is here for backward alone, where blocks fill the 64 rows of wgmma
+// and a group of heads is enough for a box of its own.
 static int hopper_attention(const AttentionShape *s, const Mask *mask) {
-    return mask->kind != MASK_SELECTED && s->D == s->Dv && (s->D == 64 || s->D == 128) && s->H / s->KV <= SLAB_ROWS && hopper_code();
+    const int64_t G = s->H / s->KV;
+    if (mask->kind == MASK_SELECTED && (mask->sel_block <= SLAB_ROWS / 2 || G < 4)) return 0;
+    return s->D == s->Dv && (s->D == 64 || s->D == 128) && G <= SLAB_ROWS && hopper_code();
 }
 
 // A tensor (B,T,heads,width) whose tokens lie `row` numbers apart, to be read in boxes of PANEL channels, `box_heads` and `box_tokens`.
@@ -2522,6 +2527,33 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
 
+// The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
+template <int DV>
+__device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
+                                         const FastRows *rows, const AttentionShape *s) {
+    const int first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    float inverse[2];
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float total = quad_sum(sum[i]);
+        inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
+        const int row = rows->first + lane() / 4 + i * 8;
+        if (lane() % 4 == 0 && row <= rows->last) lse[place_of_row(rows, row, s)] = total == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(total);
+    }
+    threads_sync(sync, WARPGROUP);
+    #pragma unroll
+    for (int n = 0; n < DV / 8; n++)
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+            *(unsigned *)(panel_chunk(tile, tile_rows, first + lane() / 4 + i * 8, n) + lane() % 4 * 2) = two_bf16(o[n][i * 2] * inverse[i], o[n][i * 2 + 1] * inverse[i]);
+    __syncwarp();
+    for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
+        const int row = i / (DV / 8), chunk = i % (DV / 8);
+        if (rows->first + row <= rows->last)
+            *(uint4 *)(out + place_of_row(rows, rows->first + row, s) * DV + chunk * 8) = *(const uint4 *)panel_chunk(tile, tile_rows, first + row, chunk);
+    }
+}
+
 // ----------------------------------------------------------------------------
 // Forward on Hopper. The scores of the next tile of keys are on their way while the exponentials of this one are made; warpgroups take turns at
 // issuing their products, so that one makes exponentials while another multiplies.
@@ -2578,7 +2610,7 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
 
     registers_more<compute_registers<SLABS>>();
     const int slab = group - 1, own_sync = SLABS + 1 + slab;       // named barriers: 1 .. SLABS are the turns, then each warpgroup's own
-    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const float scale2 = LOG2E / sqrtf((float)D);
     const auto take_turn = [&] { threads_sync(1 + slab, 2 * WARPGROUP); };
     const auto pass_turn = [&] { threads_arrive(1 + (slab + 1) % SLABS, 2 * WARPGROUP); };
     const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
@@ -2675,28 +2707,7 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
             v_ring.next();
         }
 
-        float inverse[2];
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float total = quad_sum(sum[i]);
-            inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
-            const int row = rows.first + lane() / 4 + i * 8;
-            if (lane() % 4 == 0 && row <= rows.last) lse[place_of_row(&rows, row, &s)] = total == 0 ? -INFINITY : top[i] * scale + logf(total);
-        }
-        // The warpgroup's queries have been read for the last time: the results pass through their place.
-        threads_sync(own_sync, WARPGROUP);
-        const int first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
-        #pragma unroll
-        for (int n = 0; n < DV / 8; n++)
-            #pragma unroll
-            for (int i = 0; i < 2; i++)
-                *(unsigned *)(panel_chunk(q_tile, ROWS, first + lane() / 4 + i * 8, n) + lane() % 4 * 2) = two_bf16(o[n][i * 2] * inverse[i], o[n][i * 2 + 1] * inverse[i]);
-        __syncwarp();
-        for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
-            const int row = i / (DV / 8), chunk = i % (DV / 8);
-            if (rows.first + row <= rows.last)
-                *(uint4 *)(out + place_of_row(&rows, rows.first + row, &s) * DV + chunk * 8) = *(const uint4 *)panel_chunk(q_tile, ROWS, first + row, chunk);
-        }
+        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s);
         shared_written();
         __syncwarp();
         let_go(q_empty + q_ring.at);
@@ -2724,8 +2735,250 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
     LAUNCHED();
 }
 
+// ----------------------------------------------------------------------------
+// Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
+// gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
+// multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
+
+// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
+// L2 cache.
+template <int SLABS>
+__device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
+    const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
+    if (item >= s->B * s->KV * groups) return 0;
+    x->b = (int)(item / groups) / s->KV;
+    x->kv = (int)(item / groups) % s->KV;
+    x->t0 = (int)(item % groups) * tokens;
+    return 1;
+}
+
+// The lists of the queries, merged: each lane has one, and where it stands in it. Returns the next block and, a bit a lane, who chose it; -1 at the end.
+struct BlockMerge {
+    const int *idx;
+    int n, i, head, after;
+    __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
+    __device__ void begin(const RowTile *x, const Mask *mask, const AttentionShape *s) {
+        const int t = x->t0 + lane(), there = lane() < SLAB_ROWS / (s->H / s->KV) && t < (int)s->T;
+        idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
+        n = there ? mask->n : 0;
+        i = 1;
+        head = at(0);
+        after = at(1);
+    }
+    __device__ int next(unsigned *choosers) {
+        const int block = __reduce_min_sync(~0u, head);
+        *choosers = __ballot_sync(~0u, head == block);
+        if (head == block) {
+            head = after;
+            after = head == INT_MAX ? INT_MAX : at(++i);
+        }
+        return block == INT_MAX ? -1 : block;
+    }
+};
+struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
+
+template <int D, int DV>
+struct HopperSelected {
+    enum { SLABS = 2, KEYS = SLAB_ROWS, STAGES = D == 64 ? 6 : 3, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { SLAB_BYTES = (SLAB_ROWS * D + STAGES * KEYS * (D + DV)) * 2, SLAB_BARRIERS = 2 + 4 * STAGES };
+    enum { BYTES = SLABS * (SLAB_BYTES + SLAB_BARRIERS * 8 + STAGES * (int)sizeof(Chosen)) };
+};
+
+template <int D, int DV>
+__global__ void __launch_bounds__(HopperSelected<D, DV>::THREADS, 1)
+hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    typedef HopperSelected<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const int slab = group ? group - 1 : threadIdx.x / WARP;        // whom a warp that copies does it for
+    bf16 *q_tile = (bf16 *)((unsigned char *)hopper_shared + slab * Plan::SLAB_BYTES), *key_tiles = q_tile + SLAB_ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
+    uint64_t *q_full = (uint64_t *)((unsigned char *)hopper_shared + SLABS * Plan::SLAB_BYTES) + slab * Plan::SLAB_BARRIERS, *q_empty = q_full + 1;
+    uint64_t *k_full = q_empty + 1, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
+    Chosen *chosen = (Chosen *)((unsigned char *)hopper_shared + SLABS * (Plan::SLAB_BYTES + Plan::SLAB_BARRIERS * 8)) + slab * STAGES;
+    if (group == 0 && slab < SLABS && lane() == 0) {
+        barrier_init(q_full, 1), barrier_init(q_empty, 4);
+        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4), barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
+        barriers_ready();
+    }
+    __syncthreads();
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+
+    if (group == 0) {
+        registers_fewer<copy_registers<SLABS>>();
+        if (slab >= SLABS) return;
+        for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+            barrier_wait(q_empty, q_ring.parity ^ 1);
+            if (lane() == 0) {
+                barrier_expect(q_full, tokens * G * D * 2);
+                copy_tile<D>(q_tile, SLAB_ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
+            }
+            q_ring.next();
+            BlockMerge merge;
+            merge.begin(&x, &mask, &s);
+            for (int more = 1; more;) {
+                Chosen next;
+                next.block = merge.next(&next.choosers);
+                more = next.block >= 0;
+                barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
+                if (lane() == 0) {
+                    chosen[k_ring.at] = next;
+                    if (more) barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                    else barrier_arrive(k_full + k_ring.at);
+                    if (more) copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                }
+                k_ring.next();
+                if (!more) continue;
+                barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
+                if (lane() == 0) {
+                    barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                }
+                v_ring.next();
+            }
+        }
+        return;
+    }
+
+    registers_more<compute_registers<SLABS>>();
+    const float scale2 = LOG2E / sqrtf((float)D);
+    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, query[2] = {(first + lane() / 4) / G, (first + lane() / 4 + 8) / G};
+    const unsigned warp_queries = (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1));      // a bit each
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+        const FastRows rows = {x.b, x.kv, x.t0 * G + first, min32(x.t0 + tokens, (int)s.T) * G - 1};
+        float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+        unsigned weights[KEYS / 16][4];
+        Chosen now;
+
+        const auto next_block = [&] {
+            barrier_wait(k_full + k_ring.at, k_ring.parity);
+            now = chosen[k_ring.at];
+            return now.block >= 0;
+        };
+        const auto issue_scores = [&] {
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, q_tile, SLAB_ROWS, key_tiles + k_ring.at * KEYS * D, KEYS);
+            wgmma_commit();
+        };
+        const auto issue_values = [&] {
+            barrier_wait(v_full + v_ring.at, v_ring.parity);
+            wgmma_begin();
+            factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
+            wgmma_commit();
+        };
+        const auto exponentials = [&] {
+            if (!(now.choosers & warp_queries)) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) p[n][0] = p[n][1] = p[n][2] = p[n][3] = 0;
+                shrink[0] = shrink[1] = 1;
+                return;
+            }
+            const int k0 = now.block * KEYS;
+            if (k0 + KEYS - 1 > x.t0) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = -INFINITY;
+            }
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int member = query[i] < WARP && (now.choosers >> query[i] & 1);
+                float higher = top[i];
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+                higher = quad_max(higher);
+                const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
+                shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
+                if (member) top[i] = higher;
+                float more_sum = 0;
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = i * 2; e < i * 2 + 2; e++) {
+                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                        more_sum += p[n][e];
+                    }
+                sum[i] = sum[i] * shrink[i] + more_sum;
+            }
+        };
+        const auto as_weights = [&] {
+            #pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
+        };
+
+        barrier_wait(q_full, q_ring.parity);
+        q_ring.next();
+        next_block();       // every query has one
+        issue_scores();
+        wgmma_wait<0>();
+        wgmma_done<KEYS>(p);
+        let_go(k_empty + k_ring.at);
+        k_ring.next();
+        exponentials();
+        as_weights();
+        while (next_block()) {
+            issue_scores();
+            issue_values();
+            wgmma_wait<1>();
+            wgmma_done<KEYS>(p);
+            let_go(k_empty + k_ring.at);
+            k_ring.next();
+            exponentials();
+            wgmma_wait<0>();
+            wgmma_done<DV>(o);
+            let_go(v_empty + v_ring.at);
+            v_ring.next();
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+            as_weights();
+        }
+        let_go(k_empty + k_ring.at);
+        k_ring.next();
+        issue_values();
+        wgmma_wait<0>();
+        wgmma_done<DV>(o);
+        let_go(v_empty + v_ring.at);
+        v_ring.next();
+        store_rows<DV>(out, lse, o, top, sum, q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        shared_written();
+        __syncwarp();
+        let_go(q_empty);
+    }
+    #endif
+}
+
+template <int SLABS>
+static unsigned query_group_blocks(const AttentionShape *s) {
+    const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
+    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
+}
+
+template <int D, int DV>
+static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    typedef HopperSelected<D, DV> Plan;
+    allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
+    LAUNCHED();
+}
+
+// Whether neighbouring queries share the blocks that they take: blocks must be tiles.
+static int shares_blocks(const Mask *mask) { return mask->sel_block == SLAB_ROWS; }
+
 static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    if (s->D == 64) hopper_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
+    if (mask->kind == MASK_SELECTED && !shares_blocks(mask)) fast_attention_forward(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
+    else if (s->D == 64) hopper_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
     else hopper_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
 }
 
@@ -2866,35 +3119,38 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     #endif
 }
 
-// dk, dv, as fast_dkv_kernel: a block owns HOPPER_KEYS keys, or a part of their queue of queries, and scores are turned, (keys, rows).
-template <int D, int DV>
+// dk, dv, as fast_dkv_kernel: a block owns a tile of keys, or a part of its queue of queries, and scores are turned, (keys, rows). Where keys are a range
+// each of two warpgroups has 64 of them. With selection (LISTED) both have the same 64 and take turns at the stages of the queue, whose queries come
+// one by one, as the list of takers names them; one adds up both sums.
+template <int D, int DV, int LISTED>
 struct HopperDkv {
-    enum { SLABS = 2, KEYS = HOPPER_KEYS, ROWS = 64, STAGES = D == 64 ? 6 : 4, THREADS = (SLABS + 1) * WARPGROUP };
+    static constexpr int SLABS = 2, KEYS = LISTED ? SLAB_ROWS : HOPPER_KEYS, ROWS = 64, STAGES = D == 64 ? 6 : 4, USERS = LISTED ? 1 : SLABS, THREADS = (SLABS + 1) * WARPGROUP;
     enum { BYTES = (KEYS + STAGES * ROWS) * (D + DV) * 2, BARRIERS = 1 + 2 * STAGES };
 };
 struct alignas(16) StageStats { RowStats of_row[64]; int token[64]; };      // of a stage's rows
 
-template <int D, int DV>
-__global__ void __launch_bounds__(HopperDkv<D, DV>::THREADS, 1)
+template <int D, int DV, int LISTED>
+__global__ void __launch_bounds__(HopperDkv<D, DV, LISTED>::THREADS, 1)
 hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                  const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s,
+                  const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s, Takers takers,
                   float *partial, const int *start, const int *slot, int64_t tiles) {
     #if HOPPER_CODE
-    typedef HopperDkv<D, DV> Plan;
+    typedef HopperDkv<D, DV, LISTED> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
     extern __shared__ SharedKilobyte hopper_shared[];
     if ((int)blockIdx.x >= start[tiles]) return;
     const int64_t tile = tile_of_part(start, tiles);
-    const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, NULL);
+    const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, &takers);
     const int G = s.H / s.KV, tokens = ROWS / G, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
-    const int from = (int)(x.from + (x.to - x.from) * part / parts), to = (int)(x.from + (x.to - x.from) * (part + 1) / parts), steps = (to - from + tokens - 1) / tokens;
+    const int64_t from = x.from + (x.to - x.from) * part / parts;
+    const int queue = (int)(x.from + (x.to - x.from) * (part + 1) / parts - from), steps = (queue + tokens - 1) / tokens;
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
     const int group = threadIdx.x / WARPGROUP;
     if (threadIdx.x == 0) {
         barrier_init(keys_full, 1);
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i, WARP + 1), barrier_init(empty + i, SLABS * 4);      // the copying warp writes the stats
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, WARP + 1), barrier_init(empty + i, Plan::USERS * 4);      // the copying warp writes the stats
         barriers_ready();
     }
     // Rows that no box reaches are zero for good: they add nothing to any sum.
@@ -2914,51 +3170,77 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             copy_tile<D>(key_tile, KEYS, &k_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
             copy_tile<DV>(value_tile, KEYS, &v_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
         }
-        // The numbers of a stage's rows are fetched a stage ahead: they are there when the buffer is.
-        RowStats next[ROWS / WARP];
-        const auto fetch_stats = [&](int t0) {
-            for (int i = 0; i < ROWS / WARP; i++) {
-                const int row = i * WARP + lane(), t = t0 + row / G;
-                next[i] = row < tokens * G && t < to ? stats[(x.b * s.T + t) * s.H + x.kv * G + row % G] : make_float2(INFINITY, 0);
+        // The tokens of a stage's rows are fetched two stages ahead and their numbers one: they are there when the buffer is. Behind the end of
+        // the queue the last token comes again, with numbers that make nothing of it.
+        constexpr int EACH = ROWS / WARP;
+        int token[EACH], next_token[EACH];
+        RowStats next[EACH];
+        const auto token_at = [&](int place) { return LISTED ? takers.queries[from + min32(place, queue - 1)] : (int)from + place; };
+        const auto fetch_tokens = [&](int stage) {
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) next_token[i] = steps > 0 ? token_at(stage * tokens + (i * WARP + lane()) / G) : 0;
+        };
+        const auto fetch_stats = [&](int stage) {
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int row = i * WARP + lane();
+                token[i] = next_token[i];
+                next[i] = row < tokens * G && stage * tokens + row / G < queue ? stats[(x.b * s.T + token[i]) * s.H + x.kv * G + row % G] : make_float2(INFINITY, 0);
             }
         };
-        fetch_stats(from);
-        for (int t0 = from; t0 < to; t0 += tokens, ring.next()) {
+        fetch_tokens(0);
+        fetch_stats(0);
+        fetch_tokens(1);
+        for (int stage = 0; stage < steps; stage++, ring.next()) {
+            bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
             barrier_wait(empty + ring.at, ring.parity ^ 1);
-            if (lane() == 0) {
-                barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
-                copy_tile<D>(q_tiles + ring.at * ROWS * D, ROWS, &q_map, (int)x.b, t0, (int)x.kv * G, full + ring.at);
-                copy_tile<DV>(dout_tiles + ring.at * ROWS * DV, ROWS, &dout_map, (int)x.b, t0, (int)x.kv * G, full + ring.at);
+            if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
+            __syncwarp();
+            if constexpr (LISTED) {     // a lane brings a query
+                #pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    const int row = i * WARP + lane();
+                    if (row % G || row >= tokens * G) continue;
+                    copy_tile<D>(q_tile + row * PANEL, ROWS, &q_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
+                    copy_tile<DV>(dout_tile + row * PANEL, ROWS, &dout_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
+                }
+            } else if (lane() == 0) {
+                copy_tile<D>(q_tile, ROWS, &q_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
+                copy_tile<DV>(dout_tile, ROWS, &dout_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
             }
-            for (int i = 0; i < ROWS / WARP; i++) {
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
                 stage_stats[ring.at].of_row[i * WARP + lane()] = next[i];
-                stage_stats[ring.at].token[i * WARP + lane()] = t0 + (i * WARP + lane()) / G;
+                stage_stats[ring.at].token[i * WARP + lane()] = token[i];
             }
             barrier_arrive(full + ring.at);
-            fetch_stats(t0 + tokens);
+            fetch_stats(stage + 1);
+            fetch_tokens(stage + 2);
         }
         return;
     }
 
     registers_more<compute_registers<SLABS>>();
-    const int slab = group - 1, mine = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, first_key = (int)x.k0 + mine + lane() / 4, count = (int)x.count;
+    const int slab = group - 1, mine = (LISTED ? 0 : slab * SLAB_ROWS) + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, own_keys = LISTED ? 0 : slab * SLAB_ROWS;
+    const int first_key = (int)x.k0 + mine + lane() / 4, count = (int)x.count;
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
     float dks[D / 8][4] = {{0}}, dvs[DV / 8][4] = {{0}}, p[ROWS / 8][4], ds[ROWS / 8][4];
     unsigned weights[ROWS / 16][4], slopes[ROWS / 16][4];
     if (steps > 0) barrier_wait(keys_full, 0);
-    for (int i = 0; i < steps; i++, ring.next()) {
+    if (LISTED && slab == 1) ring.next();
+    for (int i = LISTED ? slab : 0; i < steps; i += LISTED ? SLABS : 1, ring.next()) {
         const bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
         const StageStats *of = stage_stats + ring.at;
         barrier_wait(full + ring.at, ring.parity);
         wgmma_begin();
-        slab_times_turned<D, ROWS>(p, key_tile + slab * SLAB_ROWS * PANEL, KEYS, q_tile, ROWS);
+        slab_times_turned<D, ROWS>(p, key_tile + own_keys * PANEL, KEYS, q_tile, ROWS);
         wgmma_commit();
-        slab_times_turned<DV, ROWS>(ds, value_tile + slab * SLAB_ROWS * PANEL, KEYS, dout_tile, ROWS);
+        slab_times_turned<DV, ROWS>(ds, value_tile + own_keys * PANEL, KEYS, dout_tile, ROWS);
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_done<ROWS>(p);
         // Queries ascend, keys too: the corners say whether everything between them is seen.
-        const int t0 = from + i * tokens, masked = !sees_key(&mask, t0, (int)x.k0 + count - 1) || !sees_key(&mask, t0 + tokens - 1, (int)x.k0);
+        const int masked = !sees_key(&mask, of->token[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->token[ROWS - 1], (int)x.k0);
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++) {
             const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
@@ -2988,12 +3270,32 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_done<DV>(dvs);
         wgmma_done<D>(dks);
         if (lane() == 0) barrier_arrive(empty + ring.at);
+        if (LISTED) ring.next();
+    }
+    if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
+        float4 *sums = (float4 *)q_tiles + threadIdx.x % WARPGROUP;
+        threads_sync(1 + SLABS, SLABS * WARPGROUP);
+        #pragma unroll
+        for (int n = 0; n < (D + DV) / 8 && slab == 1; n++) {
+            const float *of = n < D / 8 ? dks[n] : dvs[n - D / 8];
+            sums[n * WARPGROUP] = make_float4(of[0], of[1], of[2], of[3]);
+        }
+        threads_sync(1 + SLABS, SLABS * WARPGROUP);
+        if (slab == 1) return;
+        #pragma unroll
+        for (int n = 0; n < (D + DV) / 8; n++) {
+            const float4 more = sums[n * WARPGROUP];
+            float *to = n < D / 8 ? dks[n] : dvs[n - D / 8];
+            to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+        }
     }
 
     if (parts > 1) {        // (keys, D + DV) of this part
+        const int keys = tile_keys(KEYS, &mask);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float *to_key = partial + ((slot[tile] + part) * (int64_t)KEYS + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            if (mine + lane() / 4 + i * 8 >= keys) continue;
+            float *to_key = partial + ((slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -3001,7 +3303,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         }
         return;
     }
-    // The warpgroup's keys and values have been read for the last time: the results pass through their place.
+    // The keys and values have been read for the last time by all who read these: the results pass through their place.
     threads_sync(1 + slab, WARPGROUP);
     #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -3022,46 +3324,64 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     #endif
 }
 
-// `partial`: the parts as for fast_dkv_kernel, then the stats.
-static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return parts_numbers(HOPPER_KEYS, mask, s) + s->B * s->T * s->H * 2; }
+// `partial`: the parts as for fast_dkv_kernel (before them the lists of takers are made there), then the stats.
+static int hopper_keys(const Mask *mask) { return mask->kind == MASK_SELECTED ? SLAB_ROWS : HOPPER_KEYS; }
+static int64_t hopper_parts(const AttentionShape *s, const Mask *mask) { return round_up(max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)), 32); }
+static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_parts(s, mask) + s->B * s->T * s->H * 2; }
+
+template <int D, int DV>
+static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                               const AttentionShape *s) {
+    typedef HopperDq<D, DV> Plan;
+    const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Plan::ROWS);
+    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Plan::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Plan::KEYS) : q_map;
+    allow_shared(hopper_dq_kernel<D, DV>, bytes, FAST_NAME, FAST_FIX);
+    hopper_dq_kernel<D, DV><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, stats, q_map, dout_map, k_map, v_map, *mask, *s);
+    LAUNCHED();
+}
+
+template <int D, int DV, int LISTED>
+static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                                const AttentionShape *s, const Takers *takers, float *partial) {
+    typedef HopperDkv<D, DV, LISTED> Plan;
+    const int64_t bytes = Plan::BYTES + Plan::STAGES * (int64_t)sizeof(StageStats) + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const int64_t box_rows = LISTED ? s->H / s->KV : Plan::ROWS;
+    const Parts p = attention_parts_of(Plan::KEYS, mask, s);
+    const Takers lists = takers_or_none(takers);
+    int *start = (int *)partial, *slot = start + p.tiles + 1;
+    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, Plan::KEYS, *mask, *s, lists);
+    LAUNCHED();
+    const CUtensorMap q_map = query_map(q, D, s->q_row, s, box_rows), dout_map = query_map(dout, DV, s->H * DV, s, box_rows);
+    const CUtensorMap k_map = key_map(k, D, s->k_row, s, Plan::KEYS), v_map = key_map(v, DV, s->v_row, s, Plan::KEYS);
+    allow_shared(hopper_dkv_kernel<D, DV, LISTED>, bytes, FAST_NAME, FAST_FIX);
+    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, lists,
+                                                                                        partial + parts_header(&p), start, slot, p.tiles);
+    LAUNCHED();
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, Plan::KEYS, *mask, *s, lists);
+    LAUNCHED();
+}
 
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
-                                     const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *partial) {
-    typedef HopperDq<D, DV> Dq;
-    typedef HopperDkv<D, DV> Dkv;
-    const int64_t rows = s->B * s->T * s->H, dq_bytes = Dq::BYTES + Dq::BARRIERS * (int64_t)sizeof(uint64_t);
-    const int64_t dkv_bytes = Dkv::BYTES + Dkv::STAGES * (int64_t)sizeof(StageStats) + Dkv::BARRIERS * (int64_t)sizeof(uint64_t);
-    RowStats *stats = (RowStats *)(partial + parts_numbers(HOPPER_KEYS, mask, s));
+                                     const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    const int64_t rows = s->B * s->T * s->H;
+    RowStats *stats = (RowStats *)(partial + hopper_parts(s, mask));
     hopper_stats_kernel<DV><<<grid(rows * (DV / 8), THREADS), THREADS>>>(stats, dout, gate, out, lse, rows);
     LAUNCHED();
-
-    CUtensorMap q_map = query_map(q, D, s->q_row, s, Dq::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Dq::ROWS);
-    CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Dq::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Dq::KEYS) : q_map;
-    allow_shared(hopper_dq_kernel<D, DV>, dq_bytes, FAST_NAME, FAST_FIX);
-    hopper_dq_kernel<D, DV><<<row_blocks<Dq::ROWS>(s), Dq::THREADS, (size_t)dq_bytes>>>(dq, accumulate_dq, stats, q_map, dout_map, k_map, v_map, *mask, *s);
-    LAUNCHED();
+    if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     if (s->Tk == 0) return;
-
-    const Parts p = attention_parts_of(HOPPER_KEYS, mask, s);
-    int *start = (int *)partial, *slot = start + p.tiles + 1;
-    const Takers none = takers_or_none(NULL);
-    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, HOPPER_KEYS, *mask, *s, none);
-    LAUNCHED();
-    q_map = query_map(q, D, s->q_row, s, Dkv::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Dkv::ROWS);
-    k_map = key_map(k, D, s->k_row, s, Dkv::KEYS), v_map = key_map(v, DV, s->v_row, s, Dkv::KEYS);
-    allow_shared(hopper_dkv_kernel<D, DV>, dkv_bytes, FAST_NAME, FAST_FIX);
-    hopper_dkv_kernel<D, DV><<<grid(p.items, 1), Dkv::THREADS, (size_t)dkv_bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, partial + parts_header(&p), start, slot, p.tiles);
-    LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, HOPPER_KEYS, *mask, *s, none);
-    LAUNCHED();
+    if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
+    else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
 }
 
 // As fast_attention_backward.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
-                                      const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *partial) {
-    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, partial);
-    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, partial);
+                                      const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
 }
 
 // ----------------------------------------------------------------------------
@@ -3200,7 +3520,7 @@ static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, c
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, partial)
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial)
                                              : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }

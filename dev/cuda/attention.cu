@@ -3,7 +3,7 @@
 //
 //   version 1   simple_attention_forward and the others: f32, any shape, a warp a query and head
 //   version 2   fast_attention_forward and the others: bf16 with sums in f32, mma.sync, all heads of a group on one tile of keys
-//   version 3   hopper_attention_forward, _backward: where keys are a range, wgmma and the copy engine (sm_90a alone)
+//   version 3   hopper_attention_forward, _backward: wgmma and the copy engine (sm_90a alone)
 //
 //   make build/attention && build/attention [check 3 5]      versions 2 and 3 against the CPU, on small and odd shapes (or those of some numbers)
 //   build/attention bench 65536 16 1 64 [version [batch]]    times on this GPU: T, heads, KV heads, D of q and k (192: D of v is 128)
@@ -112,7 +112,7 @@ static void forward_by(int version, bf16 *out, float *lse, const bf16 *q, const 
 }
 static void backward_by(int version, float *dq, int accumulate, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
                         const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
-    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, partial);
+    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     else fast_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
 }
 
@@ -296,7 +296,11 @@ static int check_cases(int first, int last) {
         {S, 1, 150, 150, 1, 1, 64, 64, 0, 0, 0, 40, 8},         // n beyond all blocks
         {S, 1, 300, 300, 1, 2, 64, 64, 0, 0, 0, 8, 40},         // more blocks a query than lanes
         {S, 1, 190, 190, 3, 1, 64, 64, 0, 0, 0, 80, 2},         // blocks longer than a tile
+        {S, 2, 190, 190, 5, 2, 64, 64, 0, 0, 0, 80, 2},
+        {S, 1, 130, 130, 4, 1, 64, 64, 0, 0, 0, 40, 3},
+        {S, 1, 150, 150, 8, 2, 128, 128, 0, 0, 0, 64, 2},
         {S, 1, 40, 40, 35, 1, 64, 64, 0, 0, 0, 16, 2},          // three warps a query
+        {S, 1, 100, 100, 35, 1, 64, 64, 0, 0, 0, 48, 2},
         {S, 1, 70, 70, 3, 1, 128, 128, 0, 0, 0, 16, 3},
         {S, 1, 90, 90, 16, 1, 128, 128, 0, 0, 0, 64, 1},
         {S, 1, 50, 50, 4, 1, 192, 128, 0, 0, 0, 24, 2},
