@@ -2526,6 +2526,7 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 // Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
+enum { MERGE_REGISTERS = 40, MERGED_REGISTERS = 232 };      // where the warps that copy have lists to merge
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
 template <int DV>
@@ -2810,7 +2811,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     Ring<STAGES> k_ring, v_ring;
 
     if (group == 0) {
-        registers_fewer<copy_registers<SLABS>>();
+        registers_fewer<MERGE_REGISTERS>();
         if (slab >= SLABS) return;
         for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
@@ -2845,11 +2846,10 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
         return;
     }
 
-    registers_more<compute_registers<SLABS>>();
+    registers_more<MERGED_REGISTERS>();
     const float scale2 = LOG2E / sqrtf((float)D);
     const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
     const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, query[2] = {(first + lane() / 4) / G, (first + lane() / 4 + 8) / G};
-    const unsigned warp_queries = (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1));      // a bit each
     for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
         const FastRows rows = {x.b, x.kv, x.t0 * G + first, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
@@ -2858,7 +2858,8 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
 
         const auto next_block = [&] {
             barrier_wait(k_full + k_ring.at, k_ring.parity);
-            now = chosen[k_ring.at];
+            now.block = __shfl_sync(~0u, chosen[k_ring.at].block, 0);       // so that the compiler sees: the same for the whole warp
+            now.choosers = __shfl_sync(~0u, chosen[k_ring.at].choosers, 0);
             return now.block >= 0;
         };
         const auto issue_scores = [&] {
@@ -2873,12 +2874,6 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             wgmma_commit();
         };
         const auto exponentials = [&] {
-            if (!(now.choosers & warp_queries)) {
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) p[n][0] = p[n][1] = p[n][2] = p[n][3] = 0;
-                shrink[0] = shrink[1] = 1;
-                return;
-            }
             const int k0 = now.block * KEYS;
             if (k0 + KEYS - 1 > x.t0) {
                 #pragma unroll

@@ -334,6 +334,39 @@ __global__ void normal_kernel(bf16 *x, float *y, int64_t n, uint64_t seed) {    
     y[i] = __bfloat162float(x[i]);
 }
 
+// Neighbouring queries of a text look for much the same: 9/10 of each is that of the first of its ALIKE tokens.
+enum { ALIKE = 32 };
+__global__ void alike_kernel(bf16 *x, float *y, const float *from, int64_t n, int64_t row) {
+    const int64_t i = global_thread();
+    if (i >= n) return;
+    x[i] = __float2bfloat16(sqrtf(0.9f) * from[i / row / ALIKE * ALIKE * row + i % row] + sqrtf(0.1f) * from[i]);
+    y[i] = __bfloat162float(x[i]);
+}
+
+// How many blocks a query takes, and how many differ among those of a few neighbours, for each of these.
+static void print_sharing(const int *block_idx, const Mask *mask, const AttentionShape *s) {
+    enum { NEIGHBOURS = 4 };
+    int *idx = (int *)xmalloc((size_t)(s->T * s->KV * mask->n) * sizeof *idx);
+    char *seen = (char *)xcalloc((size_t)(s->T / mask->sel_block + 1), 1);
+    to_host(idx, block_idx, s->T * s->KV * mask->n * 4);
+    double taken = 0, different = 0;
+    for (int64_t t0 = 0; t0 < s->T; t0 += NEIGHBOURS)
+        for (int kv = 0; kv < s->KV; kv++) {
+            for (int pass = 0; pass < 2; pass++)
+                for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
+                    for (int m = 0; m < mask->n; m++) {
+                        const int block = idx[(t * s->KV + kv) * mask->n + m];
+                        if (block < 0) continue;
+                        taken += pass, different += pass && !seen[block];
+                        seen[block] = (char)pass;
+                    }
+            for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
+                for (int m = 0; m < mask->n; m++) if (idx[(t * s->KV + kv) * mask->n + m] >= 0) seen[idx[(t * s->KV + kv) * mask->n + m]] = 0;
+        }
+    printf("%.1f blocks a query, %.1f different ones among %d neighbours\n", taken / (double)(s->T * s->KV), different * NEIGHBOURS / (double)(s->T * s->KV), NEIGHBOURS);
+    free(idx), free(seen);
+}
+
 static int ascending(const void *a, const void *b) {
     const float x = *(const float *)a, y = *(const float *)b;
     return (x > y) - (x < y);
@@ -363,7 +396,7 @@ static double median_ms(int runs, Work work) {
 
 static void report(const char *what, int version, double ms, double flops, double bytes) {
     const double floor_ms = fmax(flops / PEAK_FLOPS, bytes / PEAK_BYTES) * 1e3;
-    printf("%-20s version %d  %9.3f ms  %7.1f TFLOP/s  %7.0f GB/s  floor %8.3f ms, %5.1f%%\n", what, version, ms, flops / ms * 1e-9, bytes / ms * 1e-6, floor_ms,
+    printf("%-25s version %d  %9.3f ms  %7.1f TFLOP/s  %7.0f GB/s  floor %8.3f ms, %5.1f%%\n", what, version, ms, flops / ms * 1e-9, bytes / ms * 1e-6, floor_ms,
            floor_ms / ms * 100);
 }
 
@@ -423,7 +456,7 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
         snprintf(what, sizeof what, "%s backward", name);
         report(what, i, bms, backward, bytes * (2 * inputs - (double)nd + 2 * (double)no) + 4 * (double)nd + 2 * small);
     }
-    if (mask->kind == MASK_SELECTED) printf("%-20s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
+    if (mask->kind == MASK_SELECTED) printf("%-25s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
     free_tensor(&dout), free_tensor(&out), free_tensor(&dk), free_tensor(&dv);
     void *rest[] = {lse, delta, dq, partial};
     for (int i = 0; i < 4; i++) CUDA(cudaFree(rest[i]));
@@ -446,8 +479,11 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
            PEAK_FLOPS * 1e-12, PEAK_BYTES * 1e-12);
 
     // The blocks that these queries and keys choose; and how long the weights of that choice take.
-    fast_attention_forward(out.b, lse, q.b, k.b, v.b, &compressed, &cmp);
-    gpu_select_forward(block_idx, q.b, k.b, lse, &cmp, &sel, &compressed, scratch);
+    const auto choose = [&](Tensor queries) {
+        fast_attention_forward(out.b, lse, queries.b, k.b, v.b, &compressed, &cmp);
+        gpu_select_forward(block_idx, queries.b, k.b, lse, &cmp, &sel, &compressed, scratch);
+    };
+    choose(q);
     const double pairs = seen_pairs(&compressed, &cmp) * H, bytes = (double)(B * T) * KV * (double)cmp.Tk / 2 * 4;
     const int64_t chunk = select_chunk(&cmp, &sel);
     for (int i = 1; i <= 2; i++)
@@ -458,14 +494,22 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
                            else simple_select_weights(scratch, q.f, k.f, lse, row, min64(chunk, B * T * KV - row), &cmp, &sel);
                        }
                    }), 2 * pairs * D, bytes);
+
+    bench_mask("compressed", &compressed, cmp, version, q, k, v);
+    print_sharing(block_idx, &selected, &s);
+    bench_mask("selected", &selected, s, version, q, k, v);
+    Tensor alike = random_tensor(B * T * s.q_row);
+    alike_kernel<<<grid(B * T * s.q_row, THREADS), THREADS>>>(alike.b, alike.f, q.f, B * T * s.q_row, s.q_row);
+    LAUNCHED();
+    choose(alike);
+    print_sharing(block_idx, &selected, &s);
+    bench_mask("selected, alike", &selected, s, version, alike, k, v);
+    free_tensor(&alike);
+    bench_mask("window", &window, s, version, q, k, v);
+    bench_mask("full", &full, s, version, q, k, v);
     CUDA(cudaFree(lse));
     CUDA(cudaFree(scratch));
     free_tensor(&out);
-
-    bench_mask("compressed", &compressed, cmp, version, q, k, v);
-    bench_mask("selected", &selected, s, version, q, k, v);
-    bench_mask("window", &window, s, version, q, k, v);
-    bench_mask("full", &full, s, version, q, k, v);
     free_tensor(&q), free_tensor(&k), free_tensor(&v);
     CUDA(cudaFree(block_idx));
     return 0;
