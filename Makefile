@@ -177,7 +177,7 @@ test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu 
 # bounds (EMULATE="-O1 -fsanitize=address,undefined"), not slowness.
 CXX_EMULATED ?= $(CXX)
 EMULATE ?= -O2
-EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
+EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w -Wno-psabi $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
 TRANSLATED = build/emulated/train_nsa.cu $(wildcard test/cuda_on_cpu/*) train_nsa.c data/tales.c $(EMBEDDED) build/flags
 build/emulated/%: % test/cuda_on_cpu/translate.sed
 	@mkdir -p $(dir $@)
