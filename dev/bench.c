@@ -70,7 +70,7 @@ static Config bench_config(const char *kind, int kv, int layers) {
 static void bench_step(const char *kind, int T, int B, int kv, int steps) {
     const Config c = bench_config(kind, kv, 6);
     const double gate_init[BRANCHES] = {-2, -2, 2};
-    const StepInfo info = {0, 1, 1, 0, 1.0};
+    const StepInfo info = {0, 1, 1, 0, 1.0, 1};
     Model m;
     model_create(&m, &c);
     model_init(&m, 1, gate_init);

@@ -148,7 +148,7 @@ static const int *random_tokens(int64_t n, int vocab) {
 }
 
 static StepInfo plain_step(void) {
-    const StepInfo info = {0, 1, 1, 0, 1.0};
+    const StepInfo info = {0, 1, 1, 0, 1.0, 1};
     return info;
 }
 
@@ -726,7 +726,7 @@ static double whole_value(void *p) {
 static void slope_model(const char *what, Config c, int64_t B, int64_t T, double dropout, int recompute) {
     Model m;
     make_model(&m, &c, B, T, recompute, 1);
-    Whole w = {&m, random_tokens(B * T, c.vocab_size), random_tokens(B * T, c.vocab_size), B, T, {dropout, 7, 3, 2, 1.0}};
+    Whole w = {&m, random_tokens(B * T, c.vocab_size), random_tokens(B * T, c.vocab_size), B, T, {dropout, 7, 3, 2, 1.0, 1}};
     model_zero_grads(&m);
     model_forward_backward(&m, w.tokens, w.targets, B, T, &w.info);
     Input *in = (Input *)lend(m.num_params * (int64_t)sizeof(Input));
@@ -1182,7 +1182,7 @@ static void test_dropout(void) {
     Model m;
     make_model(&m, &c, 4, T, 0, 1);
     const int *tokens = random_tokens(4 * T, c.vocab_size), *targets = random_tokens(4 * T, c.vocab_size);
-    StepInfo info = {0.25, 11, 5, 8, 1.0};
+    StepInfo info = {0.25, 11, 5, 8, 1.0, 1};
     model_zero_grads(&m);
     const double loss = model_forward_backward(&m, tokens, targets, 4, T, &info);
     real *whole = copy(m.grads, m.num_elements);
@@ -1307,7 +1307,7 @@ static void test_determinism(void) {
     for (int i = 0; i < 4; i++) {
         const int64_t B = 1 + i % 2, T = i == 1 ? 450 : 120;     // 450: more than a tile of queries, whose dk threads share
         const int *tokens = random_tokens(B * T, cases[i].vocab_size), *targets = random_tokens(B * T, cases[i].vocab_size);
-        const StepInfo info = {0.1, 2, 3, 4, 1.0};
+        const StepInfo info = {0.1, 2, 3, 4, 1.0, 1};
         real *first = NULL;
         int *choice = NULL;
         for (int threads = 1; threads <= 3; threads++) {

@@ -160,7 +160,7 @@ static void test_case(const Case *x) {
     const Config *c = &p.cpu.config;
     const int64_t N = x->B * x->T, V = c->vocab_size, n = p.cpu.num_elements;
     const Limits limits = limits_of(x);
-    StepInfo info = {x->dropout, 11, 3, 2, 0.5};
+    StepInfo info = {x->dropout, 11, 3, 2, 0.5, 1};
 
     // The GPU's own choice, then the CPU's for both.
     model_zero_grads(&p.cpu);
@@ -313,7 +313,7 @@ static double fixture_check(const Fixture *f, const Json *pytorch, const char *t
 static void fixture_on_gpu(const Fixture *f, const Json *pytorch) {
     char *name = format("fixture %s, %s", f->name, pytorch ? "bf16" : "f32");
     const Case x = {name, f->config, f->B, f->T, 0, 0, pytorch != NULL};
-    const StepInfo info = {0, 1, 1, 0, 1};
+    const StepInfo info = {0, 1, 1, 0, 1, 1};
     Pair p;
     if (only && !strstr(name, only)) {
         free(name);
@@ -386,7 +386,7 @@ static void test_training(const char *name, Config config) {
     model_init(&p.cpu, 5, gate_init);
     give_weights(&p);
     for (int step = 0; step < 10; step++) {
-        StepInfo info = {x.dropout, 11, step, 0, 1};
+        StepInfo info = {x.dropout, 11, step, 0, 1, 1};
         model_zero_grads(&p.cpu);
         device_zero_grads(&p.gpu);
         const double cpu = model_forward_backward(&p.cpu, p.tokens, p.targets, x.B, x.T, &info);
