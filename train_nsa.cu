@@ -111,6 +111,8 @@ static void allow_shared(Kernel *kernel, int64_t bytes, const char *what, const 
 __device__ static inline int64_t global_thread(void) { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ static inline int64_t global_warp(void) { return global_thread() / WARP; }
 __device__ static inline int lane(void) { return (int)(threadIdx.x % WARP); }
+DEVICE static inline int min32(int a, int b) { return a < b ? a : b; }
+DEVICE static inline int max32(int a, int b) { return a > b ? a : b; }
 
 __device__ static inline float warp_sum(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
@@ -1481,30 +1483,31 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
 }
 
 // A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
-typedef struct Choice { int *idx; const float *weights; int64_t t, first, last; } Choice;
+typedef struct Choice { int *idx; const float *weights; int first, last, visible, pieces, per_block; } Choice;
 
 // 0: there is no such row, or nothing to choose in it: it takes all its blocks.
 __device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
     x->idx = block_idx + row * sel->n;
     x->weights = weights + i * s->Tk;
-    x->t = t;
     x->first = sel->n_init;
-    x->last = blocks - sel->n_local;
+    x->last = (int)blocks - sel->n_local;
+    x->visible = (int)compressed_seen(t, sel->cmp_block, sel->cmp_stride);
+    x->pieces = sel->cmp_block / sel->cmp_stride;
+    x->per_block = sel->sel_block / sel->cmp_stride;
     if (i >= rows) return 0;
     for (int j = lane(); j < sel->n && blocks <= sel->n; j += WARP) x->idx[j] = j < blocks ? j : -1;
     if (blocks <= sel->n) return 0;
     for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
-    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = (int)(x->last + j);
+    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = x->last + j;
     return 1;
 }
 
 // Eq. 9 of block j.
-__device__ static inline float importance_of(const Choice *x, int64_t j, const SelectShape *sel) {
-    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    const int64_t end = min64((j + 1) * per_block, compressed_seen(x->t, sel->cmp_block, sel->cmp_stride));
+__device__ static inline float importance_of(const Choice *x, int j) {
+    const int end = min32((j + 1) * x->per_block, x->visible);
     float sum = 0;
-    for (int64_t i = max64(0, j * per_block - pieces + 1); i < end; i++) sum += x->weights[i] * (float)pieces_inside(i, j, sel);
+    for (int i = max32(0, j * x->per_block - x->pieces + 1); i < end; i++) sum += x->weights[i] * (float)(int)pieces_inside(i, j, x->pieces, x->per_block);
     return sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
 }
 
@@ -1517,12 +1520,12 @@ __global__ void select_few_kernel(int *block_idx, const float *weights, int64_t 
     const int wanted = sel.n - sel.n_init - sel.n_local;
     unsigned kept = 0;      // bits of an importance, plus 1
     int kept_at = INT_MAX;
-    for (int64_t j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
+    for (int j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
         unsigned value[STRETCH], highest = 0;
         #pragma unroll
         for (int u = 0; u < STRETCH; u++) {
-            const int64_t j = j0 + u * WARP + lane();
-            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j, &sel)) + 1 : 0;
+            const int j = j0 + u * WARP + lane();
+            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j)) + 1 : 0;
             highest = value[u] > highest ? value[u] : highest;
         }
         const unsigned least = __reduce_min_sync(~0u, lane() < wanted ? kept : ~0u);
@@ -1534,14 +1537,14 @@ __global__ void select_few_kernel(int *block_idx, const float *weights, int64_t 
             int at = kept_at;
             #pragma unroll
             for (int u = 0; u < STRETCH; u++)
-                if (value[u] > best) best = value[u], at = (int)j0 + u * WARP + lane();
+                if (value[u] > best) best = value[u], at = j0 + u * WARP + lane();
             const unsigned all_best = __reduce_max_sync(~0u, best);
             const int all_at = (int)__reduce_min_sync(~0u, best == all_best ? (unsigned)at : ~0u);
             if (lane() == place) new_kept = all_best, new_at = all_at;
             if (kept_at == all_at) kept = 0;
             #pragma unroll
             for (int u = 0; u < STRETCH; u++)
-                if ((int)j0 + u * WARP + lane() == all_at) value[u] = 0;
+                if (j0 + u * WARP + lane() == all_at) value[u] = 0;
         }
         kept = new_kept;
         kept_at = new_at;
@@ -1558,7 +1561,7 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
     const int64_t first = x.first, last = x.last;
     int *idx = x.idx;
     float *score = importance + global_warp() * (s.T / sel.sel_block + 1);
-    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j, &sel);
+    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j);
     __syncwarp();
     for (int place = sel.n - sel.n_init - sel.n_local; place > 0; place--) {
         float best = -0.5f;
@@ -1609,8 +1612,6 @@ static int fast_attention(const AttentionShape *s, const Mask *mask) {
     const int64_t rows = s->T * (s->H / s->KV), keys = s->Tk * (mask->kind == MASK_COMPRESSED ? mask->stride : 1);
     return wide && s->q_row % 8 == 0 && s->k_row % 8 == 0 && s->v_row % 8 == 0 && rows < INT_MAX / 2 && keys < INT_MAX / 2;
 }
-
-DEVICE static inline int min32(int a, int b) { return a < b ? a : b; }
 
 __device__ static inline unsigned two_bf16(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
