@@ -2487,6 +2487,9 @@ __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*
     for (int step = 0; step < ROWS / 16; step++) wgmma<W, 1>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS), 1);
 }
 
+// A warp has done with a buffer.
+__device__ static inline void let_go(uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); }
+
 // Where one stands in a ring of N buffers, and the parity of the round.
 template <int N>
 struct Ring {
@@ -2614,7 +2617,6 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
     const float scale2 = LOG2E / sqrtf((float)D);
     const auto take_turn = [&] { threads_sync(1 + slab, 2 * WARPGROUP); };
     const auto pass_turn = [&] { threads_arrive(1 + (slab + 1) % SLABS, 2 * WARPGROUP); };
-    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
     if (slab == SLABS - 1) pass_turn();
 
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
@@ -2741,12 +2743,12 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 // gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
 // multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
 
+enum { SELECTED_SLABS = 2 };
 // The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
 // L2 cache.
-template <int SLABS>
 __device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
     const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
-    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
+    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SELECTED_SLABS + slab;
     if (item >= s->B * s->KV * groups) return 0;
     x->b = (int)(item / groups) / s->KV;
     x->kv = (int)(item / groups) % s->KV;
@@ -2779,49 +2781,51 @@ struct BlockMerge {
 };
 struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
 
-template <int D, int DV>
-struct HopperSelected {
-    enum { SLABS = 2, KEYS = SLAB_ROWS, STAGES = D == 64 ? 6 : 3, THREADS = (SLABS + 1) * WARPGROUP };
-    enum { SLAB_BYTES = (SLAB_ROWS * D + STAGES * KEYS * (D + DV)) * 2, SLAB_BARRIERS = 2 + 4 * STAGES };
-    enum { BYTES = SLABS * (SLAB_BYTES + SLAB_BARRIERS * 8 + STAGES * (int)sizeof(Chosen)) };
-};
+// A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
+template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
+struct SelectedSlab {
+    enum { KEYS = SLAB_ROWS, THREADS = (SELECTED_SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
+    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SELECTED_SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
+    bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
+    uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
+    Chosen *chosen;
 
-template <int D, int DV>
-__global__ void __launch_bounds__(HopperSelected<D, DV>::THREADS, 1)
-hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
-    #if HOPPER_CODE
-    typedef HopperSelected<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
-    extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, tokens = SLAB_ROWS / G;
-    const int slab = group ? group - 1 : threadIdx.x / WARP;        // whom a warp that copies does it for
-    bf16 *q_tile = (bf16 *)((unsigned char *)hopper_shared + slab * Plan::SLAB_BYTES), *key_tiles = q_tile + SLAB_ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
-    uint64_t *q_full = (uint64_t *)((unsigned char *)hopper_shared + SLABS * Plan::SLAB_BYTES) + slab * Plan::SLAB_BARRIERS, *q_empty = q_full + 1;
-    uint64_t *k_full = q_empty + 1, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
-    Chosen *chosen = (Chosen *)((unsigned char *)hopper_shared + SLABS * (Plan::SLAB_BYTES + Plan::SLAB_BARRIERS * 8)) + slab * STAGES;
-    if (group == 0 && slab < SLABS && lane() == 0) {
+    __device__ void begin(SharedKilobyte *shared, int slab) {
+        unsigned char *memory = (unsigned char *)shared;
+        q_tile = (bf16 *)(memory + slab * TILES);
+        dout_tile = q_tile + SLAB_ROWS * D;
+        key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
+        value_tiles = key_tiles + K_STAGES * KEYS * D;
+        q_full = (uint64_t *)(memory + SELECTED_SLABS * TILES) + slab * BARRIERS;
+        q_empty = q_full + 1;
+        k_full = q_empty + 1, k_empty = k_full + K_STAGES;
+        v_full = k_empty + K_STAGES, v_empty = v_full + V_STAGES;
+        chosen = (Chosen *)(memory + SELECTED_SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
+    }
+    __device__ void make_barriers() const {     // every warp lets go
         barrier_init(q_full, 1), barrier_init(q_empty, 4);
-        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4), barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
+        for (int i = 0; i < K_STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4);
+        for (int i = 0; i < V_STAGES; i++) barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
         barriers_ready();
     }
-    __syncthreads();
-    RowTile x;
-    Ring<1> q_ring;
-    Ring<STAGES> k_ring, v_ring;
-
-    if (group == 0) {
-        registers_fewer<MERGE_REGISTERS>();
-        if (slab >= SLABS) return;
-        for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+    // All that the warp that copies does.
+    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
+                          const AttentionShape *s) const {
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G;
+        RowTile x;
+        Ring<1> q_ring;
+        Ring<K_STAGES> k_ring;
+        Ring<V_STAGES> v_ring;
+        for (int round = 0; query_group(&x, round, slab, s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
             if (lane() == 0) {
-                barrier_expect(q_full, tokens * G * D * 2);
-                copy_tile<D>(q_tile, SLAB_ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
+                barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
+                copy_tile<D>(q_tile, SLAB_ROWS, q_map, x.b, x.t0, x.kv * G, q_full);
+                if (DOUT) copy_tile<DV>(dout_tile, SLAB_ROWS, dout_map, x.b, x.t0, x.kv * G, q_full);
             }
             q_ring.next();
             BlockMerge merge;
-            merge.begin(&x, &mask, &s);
+            merge.begin(&x, mask, s);
             for (int more = 1; more;) {
                 Chosen next;
                 next.block = merge.next(&next.choosers);
@@ -2829,92 +2833,132 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
                 if (lane() == 0) {
                     chosen[k_ring.at] = next;
-                    if (more) barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                    else barrier_arrive(k_full + k_ring.at);
-                    if (more) copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                    if (more) {
+                        barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                        copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                    } else {
+                        barrier_arrive(k_full + k_ring.at);
+                    }
                 }
                 k_ring.next();
                 if (!more) continue;
                 barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
                 if (lane() == 0) {
                     barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
                 }
                 v_ring.next();
             }
         }
+    }
+    // What was chosen with the tile of keys `at`. The broadcast shows the compiler that it is the same for the whole warp.
+    __device__ Chosen chosen_at(int at) const {
+        const Chosen now = {__shfl_sync(~0u, chosen[at].block, 0), __shfl_sync(~0u, chosen[at].choosers, 0)};
+        return now;
+    }
+};
+// The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
+struct GroupRows { int query[2]; unsigned queries; };
+__device__ static inline GroupRows group_rows(int G) {
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
+    return rows;
+}
+__device__ static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
+
+template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, D == 64 ? 6 : 3, D == 64 ? 6 : 3, 0>;
+
+template <int D, int DV>
+__global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
+hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    constexpr int KEYS = SelectedForward<D, DV>::KEYS, STAGES = D == 64 ? 6 : 3;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
+    SelectedForward<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SELECTED_SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
+        registers_fewer<MERGE_REGISTERS>();
+        if (slab < SELECTED_SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
     registers_more<MERGED_REGISTERS>();
     const float scale2 = LOG2E / sqrtf((float)D);
-    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
-    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, query[2] = {(first + lane() / 4) / G, (first + lane() / 4 + 8) / G};
-    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
-        const FastRows rows = {x.b, x.kv, x.t0 * G + first, min32(x.t0 + tokens, (int)s.T) * G - 1};
+    const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const GroupRows of = group_rows(G);
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+    for (int round = 0; query_group(&x, round, slab, &s); round++) {
+        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+        float w[KEYS / 8][4];
         unsigned weights[KEYS / 16][4];
         Chosen now;
 
         const auto next_block = [&] {
-            barrier_wait(k_full + k_ring.at, k_ring.parity);
-            now.block = __shfl_sync(~0u, chosen[k_ring.at].block, 0);       // so that the compiler sees: the same for the whole warp
-            now.choosers = __shfl_sync(~0u, chosen[k_ring.at].choosers, 0);
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            now = my.chosen_at(k_ring.at);
             return now.block >= 0;
         };
         const auto issue_scores = [&] {
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, q_tile, SLAB_ROWS, key_tiles + k_ring.at * KEYS * D, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + k_ring.at * KEYS * D, KEYS);
             wgmma_commit();
         };
         const auto issue_values = [&] {
-            barrier_wait(v_full + v_ring.at, v_ring.parity);
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
+            factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
+        // p itself is left as it is: where warps part, nothing may be written that products write.
         const auto exponentials = [&] {
-            const int k0 = now.block * KEYS;
-            if (k0 + KEYS - 1 > x.t0) {
+            shrink[0] = shrink[1] = 1;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) w[n][0] = w[n][1] = w[n][2] = w[n][3] = 0;
+            if (!(now.choosers & of.queries)) return;
+            const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = -INFINITY;
-            }
+                for (int e = 0; e < 4; e++) w[n][e] = masked && k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2] ? -INFINITY : p[n][e];
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int member = query[i] < WARP && (now.choosers >> query[i] & 1);
                 float higher = top[i];
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(w[n][i * 2], w[n][i * 2 + 1]));
                 higher = quad_max(higher);
+                const int member = chose(&now, of.query[i]);
                 const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
-                shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
-                if (member) top[i] = higher;
+                if (member) shrink[i] = power_of_2(top[i] * scale2 - shift), top[i] = higher;
                 float more_sum = 0;
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = i * 2; e < i * 2 + 2; e++) {
-                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
-                        more_sum += p[n][e];
+                        w[n][e] = power_of_2(w[n][e] * scale2 - shift);
+                        more_sum += w[n][e];
                     }
                 sum[i] = sum[i] * shrink[i] + more_sum;
             }
         };
-        const auto as_weights = [&] {
+        const auto as_weights = [&] {       // when no product reads the old ones any more
             #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], w + 2 * n);
         };
 
-        barrier_wait(q_full, q_ring.parity);
+        barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
         next_block();       // every query has one
         issue_scores();
         wgmma_wait<0>();
         wgmma_done<KEYS>(p);
-        let_go(k_empty + k_ring.at);
+        let_go(my.k_empty + k_ring.at);
         k_ring.next();
         exponentials();
         as_weights();
@@ -2923,12 +2967,12 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             issue_values();
             wgmma_wait<1>();
             wgmma_done<KEYS>(p);
-            let_go(k_empty + k_ring.at);
+            let_go(my.k_empty + k_ring.at);
             k_ring.next();
             exponentials();
             wgmma_wait<0>();
             wgmma_done<DV>(o);
-            let_go(v_empty + v_ring.at);
+            let_go(my.v_empty + v_ring.at);
             v_ring.next();
             #pragma unroll
             for (int n = 0; n < DV / 8; n++)
@@ -2936,32 +2980,31 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
             as_weights();
         }
-        let_go(k_empty + k_ring.at);
+        let_go(my.k_empty + k_ring.at);
         k_ring.next();
         issue_values();
         wgmma_wait<0>();
         wgmma_done<DV>(o);
-        let_go(v_empty + v_ring.at);
+        let_go(my.v_empty + v_ring.at);
         v_ring.next();
-        store_rows<DV>(out, lse, o, top, sum, q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
         shared_written();
         __syncwarp();
-        let_go(q_empty);
+        let_go(my.q_empty);
     }
     #endif
 }
 
-template <int SLABS>
 static unsigned query_group_blocks(const AttentionShape *s) {
     const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
-    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
+    return (unsigned)min64(gpu.multiProcessorCount, (groups + SELECTED_SLABS - 1) / SELECTED_SLABS);
 }
 
 template <int D, int DV>
 static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    typedef HopperSelected<D, DV> Plan;
+    typedef SelectedForward<D, DV> Plan;
     allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+    hopper_selected_forward_kernel<D, DV><<<query_group_blocks(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
         out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }
@@ -2992,6 +3035,22 @@ __global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const flo
     for (int i = 0; i < 8; i++) y += (float)a.of[i] * (float)b.of[i];
     for (int step = LANES / 2; step > 0; step /= 2) y += __shfl_xor_sync(~0u, y, step);
     if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
+}
+
+// The end of a warp's rows: dq = or += sum·scale; four lanes write 32 bytes, which is what memory is written in.
+template <int D>
+__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], float scale, const FastRows *rows, const AttentionShape *s) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = rows->first + lane() / 4 + i * 8;
+        if (row > rows->last) continue;
+        float2 *to = (float2 *)(dq + place_of_row(rows, row, s) * D + lane() % 4 * 2);
+        #pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
+            to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
+        }
+    }
 }
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
@@ -3065,7 +3124,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
             wgmma_commit();
             wgmma_wait<1>();        // the scores, and before them the last tile's sum
             wgmma_done<KEYS>(p);
-            if (i > 0 && lane() == 0) barrier_arrive(empty + last);
+            if (i > 0) let_go(empty + last);
             last = ring.at;
             const int k0 = x.k0 + i * KEYS, masked = k0 < seen.all_lo || k0 + KEYS > seen.all_hi;
             #pragma unroll
@@ -3095,21 +3154,100 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         }
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        if (x.steps > 0 && lane() == 0) barrier_arrive(empty + last);
-        if (lane() == 0) barrier_arrive(q_empty);
+        if (x.steps > 0) let_go(empty + last);
+        let_go(q_empty);
         q_ring.next();
 
+        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
+    }
+    #endif
+}
+
+// The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
+template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, D == 64 ? 6 : 3, D == 64 ? 4 : 2, 1>;
+
+template <int D, int DV>
+__global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
+hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    constexpr int KEYS = SelectedDq<D, DV>::KEYS;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
+    SelectedDq<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SELECTED_SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
+        registers_fewer<MERGE_REGISTERS>();
+        if (slab < SELECTED_SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
+        return;
+    }
+
+    registers_more<MERGED_REGISTERS>();
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const GroupRows of = group_rows(G);
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<D == 64 ? 6 : 3> k_ring;
+    Ring<D == 64 ? 4 : 2> v_ring;
+    for (int round = 0; query_group(&x, round, slab, &s); round++) {
+        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
+        float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
+        unsigned slopes[KEYS / 16][4];
+        RowStats of_row[2];
         #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = rows.first + lane() / 4 + i * 8;
-            if (row > rows.last) continue;
-            float2 *to = (float2 *)(dq + place_of_row(&rows, row, &s) * D + lane() % 4 * 2);
+        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
+        barrier_wait(my.q_full, q_ring.parity);
+        q_ring.next();
+        int last = -1;      // the tile of keys before this one
+        for (;;) {
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            const Chosen now = my.chosen_at(k_ring.at);
+            if (now.block < 0) break;
+            const bf16 *key_tile = my.key_tiles + k_ring.at * KEYS * D;
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
+            wgmma_commit();
+            slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
+            wgmma_commit();
+            wgmma_wait<0>();        // and before them the last tile's sum
+            wgmma_done<KEYS>(p);
+            wgmma_done<KEYS>(dp);
+            if (last >= 0) let_go(my.k_empty + last);
+            let_go(my.v_empty + v_ring.at);
+            last = k_ring.at;
+            k_ring.next();
+            v_ring.next();
             #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
-                to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
+            for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
+            if (now.choosers & of.queries) {
+                const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+                const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    float ds[2][4];
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
+                        ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
+                    }
+                    as_left_factor(slopes[n / 2], ds);
+                }
             }
+            wgmma_begin();
+            factor_times_rows<D, KEYS>(sum, slopes, key_tile);
+            wgmma_commit();
         }
+        let_go(my.k_empty + k_ring.at);
+        k_ring.next();
+        wgmma_wait<0>();
+        wgmma_done<D>(sum);
+        let_go(my.k_empty + last);
+        let_go(my.q_empty);
+        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
     }
     #endif
 }
@@ -3264,7 +3402,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_wait<0>();
         wgmma_done<DV>(dvs);
         wgmma_done<D>(dks);
-        if (lane() == 0) barrier_arrive(empty + ring.at);
+        let_go(empty + ring.at);
         if (LISTED) ring.next();
     }
     if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
@@ -3336,6 +3474,17 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
     LAUNCHED();
 }
 
+template <int D, int DV>
+static void hopper_selected_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                                        const AttentionShape *s) {
+    typedef SelectedDq<D, DV> Plan;
+    allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_selected_dq_kernel<D, DV><<<query_group_blocks(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        dq, accumulate, stats, query_map(q, D, s->q_row, s, SLAB_ROWS), query_map(dout, DV, s->H * DV, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS),
+        key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
+    LAUNCHED();
+}
+
 template <int D, int DV, int LISTED>
 static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
                                 const AttentionShape *s, const Takers *takers, float *partial) {
@@ -3364,7 +3513,8 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
     RowStats *stats = (RowStats *)(partial + hopper_parts(s, mask));
     hopper_stats_kernel<DV><<<grid(rows * (DV / 8), THREADS), THREADS>>>(stats, dout, gate, out, lse, rows);
     LAUNCHED();
-    if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
     else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
