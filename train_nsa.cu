@@ -2529,7 +2529,8 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 // Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
-enum { MERGE_REGISTERS = 40, MERGED_REGISTERS = 232 };      // where the warps that copy have lists to merge
+enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge
+template <int SLABS> constexpr int merged_registers = SLABS == 2 ? 232 : 152;
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
 template <int DV>
@@ -2743,12 +2744,13 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 // gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
 // multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
 
-enum { SELECTED_SLABS = 2 };
+template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
+template <int SLABS>
 // The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
 // L2 cache.
 __device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
     const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
-    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SELECTED_SLABS + slab;
+    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
     if (item >= s->B * s->KV * groups) return 0;
     x->b = (int)(item / groups) / s->KV;
     x->kv = (int)(item / groups) % s->KV;
@@ -2784,8 +2786,8 @@ struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes wit
 // A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
 template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
 struct SelectedSlab {
-    enum { KEYS = SLAB_ROWS, THREADS = (SELECTED_SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
-    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SELECTED_SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
+    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
+    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
     bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
     uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
     Chosen *chosen;
@@ -2796,11 +2798,11 @@ struct SelectedSlab {
         dout_tile = q_tile + SLAB_ROWS * D;
         key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
         value_tiles = key_tiles + K_STAGES * KEYS * D;
-        q_full = (uint64_t *)(memory + SELECTED_SLABS * TILES) + slab * BARRIERS;
+        q_full = (uint64_t *)(memory + SLABS * TILES) + slab * BARRIERS;
         q_empty = q_full + 1;
         k_full = q_empty + 1, k_empty = k_full + K_STAGES;
         v_full = k_empty + K_STAGES, v_empty = v_full + V_STAGES;
-        chosen = (Chosen *)(memory + SELECTED_SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
+        chosen = (Chosen *)(memory + SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
     }
     __device__ void make_barriers() const {     // every warp lets go
         barrier_init(q_full, 1), barrier_init(q_empty, 4);
@@ -2816,7 +2818,7 @@ struct SelectedSlab {
         Ring<1> q_ring;
         Ring<K_STAGES> k_ring;
         Ring<V_STAGES> v_ring;
-        for (int round = 0; query_group(&x, round, slab, s); round++) {
+        for (int round = 0; query_group<SLABS>(&x, round, slab, s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
             if (lane() == 0) {
                 barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
@@ -2866,37 +2868,36 @@ __device__ static inline GroupRows group_rows(int G) {
 }
 __device__ static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
 
-template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, D == 64 ? 6 : 3, D == 64 ? 6 : 3, 0>;
+template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
 hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                                const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    constexpr int KEYS = SelectedForward<D, DV>::KEYS, STAGES = D == 64 ? 6 : 3;
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
     extern __shared__ SharedKilobyte hopper_shared[];
     const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
     SelectedForward<D, DV> my;
     my.begin(hopper_shared, slab);
-    if (group == 0 && slab < SELECTED_SLABS && lane() == 0) my.make_barriers();
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
     __syncthreads();
     if (group == 0) {
         registers_fewer<MERGE_REGISTERS>();
-        if (slab < SELECTED_SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
+        if (slab < SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
-    registers_more<MERGED_REGISTERS>();
+    registers_more<merged_registers<SLABS>>();
     const float scale2 = LOG2E / sqrtf((float)D);
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    for (int round = 0; query_group(&x, round, slab, &s); round++) {
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
-        float w[KEYS / 8][4];
         unsigned weights[KEYS / 16][4];
         Chosen now;
 
@@ -2916,40 +2917,39 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
-        // p itself is left as it is: where warps part, nothing may be written that products write.
         const auto exponentials = [&] {
-            shrink[0] = shrink[1] = 1;
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) w[n][0] = w[n][1] = w[n][2] = w[n][3] = 0;
-            if (!(now.choosers & of.queries)) return;
-            const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            const int k0 = now.block * KEYS;
+            if (k0 + KEYS - 1 > x.t0) {
                 #pragma unroll
-                for (int e = 0; e < 4; e++) w[n][e] = masked && k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2] ? -INFINITY : p[n][e];
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2]) p[n][e] = -INFINITY;
+            }
             #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float higher = top[i];
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(w[n][i * 2], w[n][i * 2 + 1]));
+                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
                 higher = quad_max(higher);
                 const int member = chose(&now, of.query[i]);
                 const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
-                if (member) shrink[i] = power_of_2(top[i] * scale2 - shift), top[i] = higher;
+                shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
+                top[i] = member ? higher : top[i];
                 float more_sum = 0;
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = i * 2; e < i * 2 + 2; e++) {
-                        w[n][e] = power_of_2(w[n][e] * scale2 - shift);
-                        more_sum += w[n][e];
+                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                        more_sum += p[n][e];
                     }
                 sum[i] = sum[i] * shrink[i] + more_sum;
             }
         };
         const auto as_weights = [&] {       // when no product reads the old ones any more
             #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], w + 2 * n);
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
         };
 
         barrier_wait(my.q_full, q_ring.parity);
@@ -2995,16 +2995,17 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     #endif
 }
 
+template <int SLABS>
 static unsigned query_group_blocks(const AttentionShape *s) {
     const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
-    return (unsigned)min64(gpu.multiProcessorCount, (groups + SELECTED_SLABS - 1) / SELECTED_SLABS);
+    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
 }
 
 template <int D, int DV>
 static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
     typedef SelectedForward<D, DV> Plan;
     allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_selected_forward_kernel<D, DV><<<query_group_blocks(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+    hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
         out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }
@@ -3164,35 +3165,35 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
 }
 
 // The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
-template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, D == 64 ? 6 : 3, D == 64 ? 4 : 2, 1>;
+template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
 hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                           const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    constexpr int KEYS = SelectedDq<D, DV>::KEYS;
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
     extern __shared__ SharedKilobyte hopper_shared[];
     const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
     SelectedDq<D, DV> my;
     my.begin(hopper_shared, slab);
-    if (group == 0 && slab < SELECTED_SLABS && lane() == 0) my.make_barriers();
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
     __syncthreads();
     if (group == 0) {
         registers_fewer<MERGE_REGISTERS>();
-        if (slab < SELECTED_SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
+        if (slab < SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
-    registers_more<MERGED_REGISTERS>();
+    registers_more<merged_registers<SLABS>>();
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
-    Ring<D == 64 ? 6 : 3> k_ring;
-    Ring<D == 64 ? 4 : 2> v_ring;
-    for (int round = 0; query_group(&x, round, slab, &s); round++) {
+    Ring<3> k_ring;
+    Ring<2> v_ring;
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         unsigned slopes[KEYS / 16][4];
@@ -3479,7 +3480,7 @@ static void hopper_selected_dq_of_shape(float *dq, int accumulate, const RowStat
                                         const AttentionShape *s) {
     typedef SelectedDq<D, DV> Plan;
     allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_selected_dq_kernel<D, DV><<<query_group_blocks(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+    hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
         dq, accumulate, stats, query_map(q, D, s->q_row, s, SLAB_ROWS), query_map(dout, DV, s->H * DV, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS),
         key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
