@@ -145,7 +145,7 @@ endif
 NVCC_FLAGS ?= -O3
 NVCC_ALL = -std=c++17 --threads 0 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
 
-TEST_HEADERS := $(wildcard test/*.h)
+TEST_HEADERS := $(wildcard test/*.h dev/cuda/*.h)
 CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
 
@@ -177,7 +177,7 @@ test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu 
 # bounds (EMULATE="-O1 -fsanitize=address,undefined"), not slowness.
 CXX_EMULATED ?= $(CXX)
 EMULATE ?= -O2
-EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
+EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w -Wno-psabi $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
 TRANSLATED = build/emulated/train_nsa.cu $(wildcard test/cuda_on_cpu/*) train_nsa.c data/tales.c $(EMBEDDED) build/flags
 build/emulated/%: % test/cuda_on_cpu/translate.sed
 	@mkdir -p $(dir $@)
@@ -186,7 +186,7 @@ build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
-$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TEST_HEADERS) $(TRANSLATED)
+$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu build/emulated/dev/cuda/bench.h $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
 build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)
 	$(EMULATED) -DNSA_CU $< -o $@

@@ -724,11 +724,22 @@ __global__ void column_parts_kernel(float *parts, int64_t rows, int64_t cols, in
 }
 
 __global__ void add_parts_kernel(float *out, const float *parts, int64_t count, int64_t cols) {
-    const int64_t col = global_thread();
-    if (col >= cols) return;
+    __shared__ double sums[SUM_ROWS][WARP];
+    const int64_t col = (int64_t)blockIdx.x * WARP + threadIdx.x;
     double sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += (double)parts[i * cols + col];
+    if (col < cols)
+        for (int64_t i = threadIdx.y; i < count; i += SUM_ROWS) sum += (double)parts[i * cols + col];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || col >= cols) return;
+    for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][threadIdx.x];
     out[col] += (float)sum;
+}
+
+// out (cols) += the sum of `count` rows of parts.
+static void add_parts(float *out, const float *parts, int64_t count, int64_t cols) {
+    add_parts_kernel<<<grid(cols, WARP), dim3(WARP, SUM_ROWS)>>>(out, parts, count, cols);
+    LAUNCHED();
 }
 
 // out (cols) += Σ_rows value(row, col); parts: SUM_PARTS · cols numbers.
@@ -738,8 +749,7 @@ static void column_sums(float *out, int64_t rows, int64_t cols, Value value, flo
     const int64_t part_rows = max64((rows + SUM_PARTS - 1) / SUM_PARTS, SUM_ROWS), count = (rows + part_rows - 1) / part_rows;
     column_parts_kernel<<<dim3(grid(cols, WARP), (unsigned)count), dim3(WARP, SUM_ROWS)>>>(parts, rows, cols, part_rows, value);
     LAUNCHED();
-    add_parts_kernel<<<grid(cols, THREADS), THREADS>>>(out, parts, count, cols);
-    LAUNCHED();
+    add_parts(out, parts, count, cols);
 }
 
 // A matrix as it lies in memory.
@@ -868,31 +878,27 @@ static void gpu_norm_again(F *norm, const float *rstd, const F *x, const float *
     LAUNCHED();
 }
 
-// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A block
-// takes every gridDim-th row; a column belongs to one thread, which alone adds to its sum in shared memory.
-enum { NORM_BLOCKS = 1024 };
+// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A warp takes
+// every so many-th row, and has its own row of sums in shared memory, where a column belongs to one lane.
+enum { NORM_BLOCKS = 528 };     // four for each multiprocessor of the largest GPUs
 
 template <typename F, int N>
 __global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
-    extern __shared__ float part[];
-    __shared__ float of_warp[2][WARPS];
-    for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N)
+    extern __shared__ float sums[];         // (warps,C)
+    const int warps = blockDim.x / WARP;
+    float *part = sums + threadIdx.x / WARP * c;
+    for (int64_t j = lane() * N; j < c; j += WARP * N)
         for (int v = 0; v < N; v++) part[j + v] = 0;
-    int turn = 0;       // two sets of sums, so that one barrier a row is enough
-    for (int64_t i = blockIdx.x; i < n; i += gridDim.x, turn ^= 1) {
+    for (int64_t i = global_warp(); i < n; i += (int64_t)gridDim.x * warps) {
         const F *x = inp + i * c, *d = dy + i * c;
         const float s = rstd[i];
-        float sum = 0, mean = 0;
-        for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N) {
+        float sum = 0;
+        for (int64_t j = lane() * N; j < c; j += WARP * N) {
             const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
             for (int v = 0; v < N; v++) sum += (float)b.of[v] * weight[j + v] * (float)a.of[v];
         }
-        sum = warp_sum(sum);
-        if (lane() == 0) of_warp[turn][threadIdx.x / WARP] = sum;
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) mean += of_warp[turn][w];
-        mean *= s * s / (float)c;
-        for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N) {
+        const float mean = warp_sum(sum) * s * s / (float)c;
+        for (int64_t j = lane() * N; j < c; j += WARP * N) {
             const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
             Pack<F, N> g = load<N>(dx + i * c + j);
             for (int v = 0; v < N; v++) {
@@ -902,20 +908,24 @@ __global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const 
             store<N>(dx + i * c + j, g);
         }
     }
-    for (int64_t j = threadIdx.x * N; j < c; j += THREADS * N)
-        for (int v = 0; v < N; v++) parts[blockIdx.x * c + j + v] = part[j + v];
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += sums[w * c + j];
+        parts[blockIdx.x * c + j] = sum;
+    }
 }
 
 // dinp (N,C) +=, dweight (C) +=; parts: NORM_BLOCKS · C numbers.
 template <typename F>
 static void gpu_rmsnorm_backward(F *dinp, float *dweight, const F *dout, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c, float *parts) {
-    const unsigned blocks = (unsigned)min64(n, NORM_BLOCKS);
-    const auto kernel = c % 4 == 0 ? rmsnorm_backward_kernel<F, 4> : rmsnorm_backward_kernel<F, 1>;
-    const size_t bytes = (size_t)c * sizeof(float);
-    allow_shared(kernel, (int64_t)bytes, "RMSNorm", "a smaller --width");
-    kernel<<<blocks, THREADS, bytes>>>(dinp, parts, dout, inp, rstd, weight, n, c);
-    add_parts_kernel<<<grid(c, THREADS), THREADS>>>(dweight, parts, blocks, c);
+    const auto kernel = packs<F>(c) ? rmsnorm_backward_kernel<F, pack_size<F>> : rmsnorm_backward_kernel<F, 1>;
+    const int64_t row = c * (int64_t)sizeof(float), warps = max64(1, min64(WARPS, 48 * 1024 / row));       // fewer for a model wider than any
+    const int64_t blocks = min64((n + warps - 1) / warps, NORM_BLOCKS);
+    allow_shared(kernel, warps * row, "RMSNorm", "a smaller --width");
+    kernel<<<(unsigned)blocks, (unsigned)(warps * WARP), (size_t)(warps * row)>>>(dinp, parts, dout, inp, rstd, weight, n, c);
     LAUNCHED();
+    add_parts(dweight, parts, blocks, c);
 }
 
 // ----------------------------------------------------------------------------
@@ -1439,7 +1449,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
 // ----------------------------------------------------------------------------
 // Selection. Rows (b,t,kv) are done a chunk at a time, so that their attention weights (chunk, Nc) never become (B,T,KV,Nc).
 
-enum { SELECT_NUMBERS = 1 << 24, SELECT_HEADS = 4 };      // of a chunk; heads that a thread meets a key with at once
+enum { SELECT_NUMBERS = 1 << 26, SELECT_HEADS = 4 };      // of a chunk, enough for several waves of blocks; heads that a thread meets a key with at once
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = s->Tk + s->T / sel->sel_block + 1;
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / row));
@@ -1470,26 +1480,85 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
     }
 }
 
-// Eq. 9, 11, 12: a warp a row. Taken blocks are marked by an importance of -1.
+// A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
+typedef struct Choice { int *idx; const float *weights; int64_t t, first, last; } Choice;
+
+// 0: there is no such row, or nothing to choose in it: it takes all its blocks.
+__device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
+    x->idx = block_idx + row * sel->n;
+    x->weights = weights + i * s->Tk;
+    x->t = t;
+    x->first = sel->n_init;
+    x->last = blocks - sel->n_local;
+    if (i >= rows) return 0;
+    for (int j = lane(); j < sel->n && blocks <= sel->n; j += WARP) x->idx[j] = j < blocks ? j : -1;
+    if (blocks <= sel->n) return 0;
+    for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
+    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = (int)(x->last + j);
+    return 1;
+}
+
+// Eq. 9 of block j.
+__device__ static inline float importance_of(const Choice *x, int64_t j, const SelectShape *sel) {
+    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
+    const int64_t end = min64((j + 1) * per_block, compressed_seen(x->t, sel->cmp_block, sel->cmp_stride));
+    float sum = 0;
+    for (int64_t i = max64(0, j * per_block - pieces + 1); i < end; i++) sum += x->weights[i] * (float)pieces_inside(i, j, sel);
+    return sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
+}
+
+// Eq. 9, 11, 12: a warp a row. The most important blocks so far are kept one a lane, so there are at most WARP of them; a stretch of
+// importances passes by in registers. Importances are not negative: they compare as their bits do, and 0 stands for none.
+enum { STRETCH = 8 };       // importances of a lane
+__global__ void select_few_kernel(int *block_idx, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
+    Choice x;
+    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
+    const int wanted = sel.n - sel.n_init - sel.n_local;
+    unsigned kept = 0;      // bits of an importance, plus 1
+    int kept_at = INT_MAX;
+    for (int64_t j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
+        unsigned value[STRETCH], highest = 0;
+        #pragma unroll
+        for (int u = 0; u < STRETCH; u++) {
+            const int64_t j = j0 + u * WARP + lane();
+            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j, &sel)) + 1 : 0;
+            highest = value[u] > highest ? value[u] : highest;
+        }
+        const unsigned least = __reduce_min_sync(~0u, lane() < wanted ? kept : ~0u);
+        if (__reduce_max_sync(~0u, highest) <= least) continue;     // none is better, and equal ones come later
+        unsigned new_kept = 0;
+        int new_at = INT_MAX;
+        for (int place = 0; place < wanted; place++) {
+            unsigned best = kept;
+            int at = kept_at;
+            #pragma unroll
+            for (int u = 0; u < STRETCH; u++)
+                if (value[u] > best) best = value[u], at = (int)j0 + u * WARP + lane();
+            const unsigned all_best = __reduce_max_sync(~0u, best);
+            const int all_at = (int)__reduce_min_sync(~0u, best == all_best ? (unsigned)at : ~0u);
+            if (lane() == place) new_kept = all_best, new_at = all_at;
+            if (kept_at == all_at) kept = 0;
+            #pragma unroll
+            for (int u = 0; u < STRETCH; u++)
+                if ((int)j0 + u * WARP + lane() == all_at) value[u] = 0;
+        }
+        kept = new_kept;
+        kept_at = new_at;
+    }
+    int rank = 0;
+    for (int place = 0; place < wanted; place++) rank += __shfl_sync(~0u, kept_at, place) < kept_at;
+    if (lane() < wanted) x.idx[sel.n_init + rank] = kept_at;
+}
+
+// The same for any n: taken blocks are marked by an importance of -1.
 __global__ void select_blocks_kernel(int *block_idx, float *importance, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
-    const int64_t i = global_warp();
-    if (i >= rows) return;
-    const int64_t row = row0 + i, t = row / s.KV % s.T, blocks = t / sel.sel_block + 1, visible = compressed_seen(t, sel.cmp_block, sel.cmp_stride);
-    int *idx = block_idx + row * sel.n;
-    if (blocks <= sel.n) {
-        for (int j = lane(); j < sel.n; j += WARP) idx[j] = j < blocks ? j : -1;
-        return;
-    }
-    const int64_t per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
-    const int64_t first = sel.n_init, last = blocks - sel.n_local;
-    float *score = importance + i * (s.T / sel.sel_block + 1);
-    const float *w = weights + i * s.Tk;
-    for (int64_t j = first + lane(); j < last; j += WARP) {
-        float sum = 0;
-        for (int64_t x = max64(0, j * per_block - pieces + 1); x < min64((j + 1) * per_block, visible); x++)
-            sum += w[x] * (float)pieces_inside(x, j, &sel);
-        score[j] = sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
-    }
+    Choice x;
+    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
+    const int64_t first = x.first, last = x.last;
+    int *idx = x.idx;
+    float *score = importance + global_warp() * (s.T / sel.sel_block + 1);
+    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j, &sel);
     __syncwarp();
     for (int place = sel.n - sel.n_init - sel.n_local; place > 0; place--) {
         float best = -0.5f;
@@ -1511,8 +1580,6 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
         if (taken) idx[to + __popc(all & ((1u << lane()) - 1))] = (int)(j0 + lane());
         to += __popc(all);
     }
-    for (int j = lane(); j < sel.n_init; j += WARP) idx[j] = j;
-    for (int j = lane(); j < sel.n_local; j += WARP) idx[sel.n - sel.n_local + j] = (int)(last + j);
 }
 
 template <typename F>
@@ -3678,11 +3745,12 @@ static void gpu_select_forward(int *block_idx, const F *q, const F *k, const flo
     float *weights = scratch, *importance = weights + chunk * s->Tk;
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        int fast = 0;
+        int done = s->T <= (int64_t)sel->n * sel->sel_block;        // then there is nothing to weigh: all blocks are taken
         if constexpr (std::is_same<F, bf16>::value)
-            if ((fast = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
-        if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
-        select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
+            if (!done && (done = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (!done) simple_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (sel->n - sel->n_init - sel->n_local <= WARP) select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, weights, row, n, *s, *sel);
+        else select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
 }
@@ -3728,20 +3796,37 @@ static void gpu_branches_sum(F *out, Branches<F> branch, const float *gates, int
     LAUNCHED();
 }
 
-// dlogits (N,H,3) = <dout, branch>·g·(1-g), a warp a (token, head); for gate = input it goes to its place in the wide row too.
-template <typename F>
+// dlogits (N,H,3) = <dout, branch>·g·(1-g); for gate = input it goes to its place in the wide row too. `lanes` neighbours of a warp,
+// a power of two, take a (token, head), N channels at a time.
+template <typename F, int N>
 __global__ void gates_backward_kernel(float *dlogits, F *dwide, int64_t wide_row, const F *dout, Branches<F> branch, const float *gates, int64_t nh,
-                                      int h, int dv, int kind) {
-    const int64_t i = global_warp();
-    if (i >= nh) return;
+                                      int h, int dv, int kind, int lanes) {
+    const int64_t i = min64(global_thread() / lanes, nh - 1);       // no lane leaves: all of them shuffle
+    const int mine = (int)(global_thread() % lanes);
+    float sum[BRANCHES] = {0};
+    for (int c = mine * N; c < dv; c += lanes * N) {
+        const Pack<F, N> d = load<N>(dout + i * dv + c);
+        for (int b = 0; b < BRANCHES; b++) {
+            const Pack<F, N> x = load<N>(branch.of[b] + i * dv + c);
+            for (int v = 0; v < N; v++) sum[b] += (float)d.of[v] * (float)x.of[v];
+        }
+    }
     for (int b = 0; b < BRANCHES; b++) {
-        float sum = 0;
-        for (int c = lane(); c < dv; c += WARP) sum += (float)dout[i * dv + c] * (float)branch.of[b][i * dv + c];
-        const float g = gates[i * BRANCHES + b], dx = warp_sum(sum) * g * (1 - g);
-        if (lane() > 0) continue;
+        for (int away = lanes / 2; away > 0; away /= 2) sum[b] += __shfl_xor_sync(~0u, sum[b], away);
+        const float g = gates[i * BRANCHES + b], dx = sum[b] * g * (1 - g);
+        if (mine > 0 || global_thread() / lanes >= nh) continue;
         dlogits[i * BRANCHES + b] = dx;
         if (kind == GATE_INPUT) dwide[i / h * wide_row + i % h * BRANCHES + b] = (F)dx;
     }
+}
+
+template <typename F>
+static void gpu_gates_backward(float *dlogits, F *dwide, int64_t wide_row, const F *dout, Branches<F> branch, const float *gates, int64_t n, int h, int dv, int kind) {
+    const auto kernel = packs<F>(dv) ? gates_backward_kernel<F, pack_size<F>> : gates_backward_kernel<F, 1>;
+    int lanes = 1;
+    while (lanes < WARP && lanes * (packs<F>(dv) ? pack_size<F> : 1) < dv) lanes *= 2;
+    kernel<<<grid(n * h * lanes, THREADS), THREADS>>>(dlogits, dwide, wide_row, dout, branch, gates, n * h, h, dv, kind, lanes);
+    LAUNCHED();
 }
 
 template <typename F>
@@ -4066,7 +4151,7 @@ __device__ static float block_reduce(float x, int want_max) {
     return all;
 }
 
-// logits (rows, ld), V of a row used and ld a multiple of 16 bytes: row i becomes `scale` times its gradient, or with gradient = 0 stays.
+// logits (rows, ld), V of a row used and ld a multiple of 16 bytes: row i becomes `scale` times its gradient, zero past V, or with gradient = 0 stays.
 template <typename F>
 __global__ void cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient) {
     constexpr int N = pack_size<F>;
@@ -4086,9 +4171,9 @@ __global__ void cross_entropy_kernel(F *logits, int64_t ld, float *loss, const i
     if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - ((float)p[target] - top);
     __syncthreads();
     if (!gradient) return;
-    for (int64_t j = threadIdx.x * N; j < v; j += blockDim.x * N) {
+    for (int64_t j = threadIdx.x * N; j < ld; j += blockDim.x * N) {
         Pack<F, N> x = load<N>(p + j);
-        for (int i = 0; i < N; i++) x.of[i] = (F)((expf((float)x.of[i] - top) / sum - (j + i == target ? 1.0f : 0.0f)) * scale);
+        for (int i = 0; i < N; i++) x.of[i] = (F)(j + i < v ? (expf((float)x.of[i] - top) / sum - (j + i == target ? 1.0f : 0.0f)) * scale : 0.0f);
         store<N>(p + j, x);
     }
 }
@@ -4154,9 +4239,14 @@ static WideRow gpu_wide_row(const Config *c, int layer) {
     return w;
 }
 
+// Products with the head take a vocabulary of whole 64 tokens: with 50257, GPT-2's, cuBLAS has only slow kernels. The rows of the head past V
+// are whatever lies behind it among the weights. Their logits are not looked at and their gradients are zero, which is what these
+// products then add to the gradients that lie there.
 static int64_t logit_row(const Config *c) { return round_up(c->vocab_size, 64); }
+// Numbers behind the last weight, so that there is always something.
+static int64_t weights_slack(const Config *c) { return (logit_row(c) - c->vocab_size) * c->hidden_size; }
 // Rows of logits made at a time: enough to fill the GPU, never (B·T,V).
-static int64_t gpu_logit_rows(const Config *c, int64_t n) { return min64(n, max64(128, ((int64_t)1 << 28) / logit_row(c))); }
+static int64_t gpu_logit_rows(const Config *c, int64_t n) { return min64(n, max64(128, ((int64_t)1 << 28) / logit_row(c) / 128 * 128)); }
 
 static int has_nsa(const Config *c) {
     for (int l = 0; l < c->num_hidden_layers; l++)
@@ -4317,8 +4407,18 @@ int64_t device_bytes(const Config *c, int64_t B, int64_t T, int recompute, int t
     device_open();      // how sums are cut into parts follows from the GPU
     if (is_bf16(c)) net_bytes<bf16>(bytes, c, B, T, recompute, train);
     else net_bytes<float>(bytes, c, B, T, recompute, train);
-    const int64_t part[] = {is_bf16(c) ? params + params / 2 + 1 : params, train ? params : 0, train ? 2 * params : 0, bytes[0] / number, bytes[1] / number};
+    const int64_t all = params + weights_slack(c);
+    const int64_t part[] = {is_bf16(c) ? all + all / 2 + 1 : all, train ? all : 0, train ? 2 * params : 0, bytes[0] / number, bytes[1] / number};
     return memory_table(part, table);
+}
+
+// Memory for a number a parameter.
+template <typename F>
+static F *weights_alloc(const Model *g) {
+    const int64_t slack = weights_slack(&g->config);
+    F *p = (F *)device_malloc((g->num_elements + slack) * (int64_t)sizeof(F));
+    device_zero(p + g->num_elements, slack * (int64_t)sizeof(F));
+    return p;
 }
 
 template <typename F>
@@ -4328,7 +4428,7 @@ static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) 
     int64_t bytes[2];
     net_bytes<F>(bytes, c, B, T, recompute, train);
     if constexpr (std::is_same<F, float>::value) n->weights = g->weights;
-    else if (!n->weights) n->weights = (F *)device_malloc(g->num_elements * (int64_t)sizeof(F));
+    else if (!n->weights) n->weights = weights_alloc<F>(g);
     CUDA(cudaFree(n->memory));      // of activations for other sizes
     free(n->acts);
     n->memory = (char *)device_malloc(bytes[0] + bytes[1]);
@@ -4362,7 +4462,8 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
         g = m->twin = (Model *)xcalloc(1, sizeof(Model));
         g->config = *c;
         g->layers = (LayerWeights *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerWeights));
-        g->weights = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
+        list_params(g);      // counts
+        g->weights = weights_alloc<float>(g);
         list_params(g);
     }
     g->B = (int)B;
@@ -4370,8 +4471,9 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     g->recompute = recompute;
     g->train = train;
     if (train && !g->grads) {
-        float **state[] = {&g->grads, &g->adam_m, &g->adam_v};
-        for (int i = 0; i < 3; i++) *state[i] = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
+        g->grads = weights_alloc<float>(g);
+        float **state[] = {&g->adam_m, &g->adam_v};
+        for (int i = 0; i < 2; i++) *state[i] = (float *)device_malloc(m->num_elements * (int64_t)sizeof(float));
         m->adam_m = (real *)xcalloc((size_t)m->num_elements, sizeof(real));     // for checkpoints
         m->adam_v = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
     }
@@ -4632,10 +4734,10 @@ static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInf
     to_device(s->targets, targets, N * (int64_t)sizeof(int));
     for (int64_t i = 0; i < N; i += rows) {
         const int64_t n = min64(rows, N - i);
-        gpu_linear_forward(s->logits, ld, s->norm + i * C, C, head, n, C, V);
+        gpu_linear_forward(s->logits, ld, s->norm + i * C, C, head, n, C, ld);
         cross_entropy_kernel<<<(unsigned)n, THREADS>>>(s->logits, ld, s->loss + i, s->targets + i, V, scale, info != NULL);
         LAUNCHED();
-        if (info) gpu_linear_backward(s->dnorm + i * C, C, g->grads + (g->head - g->weights), s->logits, ld, s->norm + i * C, C, head, n, C, V, 0);
+        if (info) gpu_linear_backward(s->dnorm + i * C, C, g->grads + (g->head - g->weights), s->logits, ld, s->norm + i * C, C, head, n, C, ld, 0);
     }
     if (info) {
         device_zero(s->dx, N * C * (int64_t)sizeof(F));
@@ -4683,7 +4785,7 @@ static void gpu_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *
     gpu_layers_forward<F>(m, tokens, B, T, NULL);
     for (int64_t i = 0; i < N; i += rows) {
         const int64_t n = min64(rows, N - i);
-        gpu_linear_forward(s->logits, ld, s->norm + ((i + 1) * skip - 1) * C, skip * C, matrix<F>(g, g->head), n, C, V);
+        gpu_linear_forward(s->logits, ld, s->norm + ((i + 1) * skip - 1) * C, skip * C, matrix<F>(g, g->head), n, C, ld);
         fetch_rows(logits + i * V, s->logits, n, V, ld);
     }
 }
@@ -4759,9 +4861,7 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
     gpu_rope<F>(s->dwide, row.size, NULL, g->rope, N, T, 1, &keys, D, -1);
     gpu_rope<F>(s->dwide + row.q, row.size, s->dq, g->rope, N, T, 1, &queries, D, -1);
     if (!nsa) return;
-    gates_backward_kernel<<<grid(N * H, WARPS), THREADS>>>(s->dgates, s->dwide + row.gate, row.size, (const F *)s->dattention, branches_of(a), a->gates,
-                                                           N * H, H, c->v_head_dim, c->gate);
-    LAUNCHED();
+    gpu_gates_backward<F>(s->dgates, s->dwide + row.gate, row.size, s->dattention, branches_of(a), a->gates, N, (int)H, c->v_head_dim, c->gate);
     column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);
     if (c->gate != GATE_Q_COND) return;
     // A gate on q reads q before RoPE: turn the kept one back (nothing needs it turned any more).

@@ -386,6 +386,30 @@ def test_log_pictures():
     refuses("/nonexistent", *script, two, "-o", "/nonexistent/a.png", rc=1)
 
 
+def test_speed_picture():
+    table = TEMP / "speed.txt"
+    table.write_text("model         T        tok/s  ms a step        GB    MFU\nfull       1024       480076       1092     124.5   0.49\n"
+                     "nsa        1024       324410       1616      74.6   0.37\nfull      65536 failed: no memory\nnsa       65536       156578       3348      74.6   0.25\n")
+    python("scripts/plot_speed.py", table, "--peer", "llm.c: 1024=493e3 8192=305e3", "-o", TEMP / "speed.png")
+    assert is_picture(TEMP / "speed.png")
+    script = [sys.executable, ROOT / "scripts/plot_speed.py"]
+    refuses("--peer", *script, table, "--peer", "llm.c 1024", "-o", TEMP / "bad.png", rc=1)
+    refuses("nothing.txt", *script, TEMP / "nothing.txt", "-o", TEMP / "bad.png", rc=1)
+    table.write_text("full      65536 failed: no memory\n")
+    refuses("no row", *script, table, "-o", TEMP / "bad.png", rc=1)
+
+
+def test_step_profile():
+    launches = TEMP / "launches.csv"
+    head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    row = '"{}","{}","gpu__time_duration.sum","{}","{}"\n'
+    launches.write_text("==PROF== Connected\n" + head + row.format(0, "void wide_kernel<float, 8>(float *, long)", "us", "1,500.0") +
+                        row.format(1, "narrow_kernel(int)", "ns", "500000") + row.format(2, "void wide_kernel<float, 8>(float *, long)", "ms", "2"))
+    done = subprocess.run([sys.executable, ROOT / "dev/profile_step.py", launches], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done[0] == "4.0 ms in 3 launches" and done[1].split()[:4] == ["87.5%", "3.500", "ms", "2"] and done[1].endswith("wide_kernel<float, 8>")
+    refuses("no launches", sys.executable, ROOT / "dev/profile_step.py", TEMP / "speed.txt", rc=1)
+
+
 def test_attention_pictures():
     write_dump(TEMP / "dump.safetensors")
     python("scripts/attention_map.py", TEMP / "dump.safetensors", "-o", TEMP / "map.png")

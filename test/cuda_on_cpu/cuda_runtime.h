@@ -376,12 +376,15 @@ static inline unsigned __ballot_sync(unsigned mask, int yes) {
         if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
     return result;
 }
-static inline int __reduce_min_sync(unsigned mask, int x) {
+template <typename T>
+static inline T __reduce_max_sync(unsigned mask, T x) {
     const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
     for (int i = 0; i < 32; i++)
-        if (mask >> i & 1 && emu_from_lane<int>(slot, i) < x) x = emu_from_lane<int>(slot, i);
+        if (mask >> i & 1 && emu_from_lane<T>(slot, i) > x) x = emu_from_lane<T>(slot, i);
     return x;
 }
+template <typename T>
+static inline T __reduce_min_sync(unsigned mask, T x) { return ~__reduce_max_sync(mask, (T)~x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
