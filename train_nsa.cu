@@ -13,7 +13,7 @@ weights that matrix products read. Master weights, AdamW's state, the gradients 
 log-sum-exp, gates, routing) and all sums are f32 in both.
 
 Two tiers of kernels: simple ones that take any shape and both types, and for bf16 fast ones on tensor cores (attention with heads
-of 64, 128 or 192/128). No kernel adds with atomics: the same seed gives the same bits.
+of 64, 128 or 192/128), the attention of heads of 64 and 128 once more for Hopper. No kernel adds with atomics: the same seed gives the same bits.
 
 SPDX-License-Identifier: MIT
 */
@@ -239,6 +239,14 @@ static void gpu_linear_backward(F *dinp, int64_t dinp_row, float *dweight, const
 // ----------------------------------------------------------------------------
 // Tensor cores and asynchronous copies, as functions. CUDA on the CPU has its own.
 
+// Code for Hopper's own instructions: kernels of these are empty, and what they call is not called, where another architecture is compiled.
+#if defined __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER_CODE 1
+#else
+#define HOPPER_CODE 0
+#endif
+#define HOPPER_DEVICE [[maybe_unused]] __device__
+
 #ifdef CUDA_ON_CPU
 static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_16816(d, a, b); }
 static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, false); }
@@ -250,7 +258,7 @@ template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(L
 static inline float power_of_2(float x) { return exp2f(x); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
 template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
-template <int N, int TURNED> static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) { emu_wgmma(d, N, a, 0, b, add, TURNED); }
+template <int N> static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b) { emu_wgmma(d, N, a, 0, b, 1, true); }
 static inline void wgmma_begin(void) {}
 static inline void wgmma_commit(void) { emu_wgmma_commit(); }
 template <int LEFT> static inline void wgmma_wait(void) { emu_wgmma_wait(LEFT); }
@@ -301,13 +309,13 @@ __device__ static inline float power_of_2(float x) {
 // What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
 // threads do other work; copies of boxes by the copy engine; barriers in shared memory that count arrivals and bytes.
 //
-// d (64,N) = [d +] a (64,16) · b (16,N), bf16 into f32. Factors in shared memory are named by a descriptor (swizzled_matrix), a also may come in
-// registers. Warp w of the four holds rows 16w .. 16w+15 of d, in each group of 8 columns as mma_16816 does. TURNED: b lies as (16,N) in memory,
-// with N along its rows, else as (N,16). Between issue and wgmma_wait nothing may touch d, nor a in registers.
+// d (64,N) = [d +] a (64,16) · b (16,N), bf16 into f32. Warp w of the four holds rows 16w .. 16w+15 of d, in each group of 8 columns as mma_16816 does.
+// Factors in shared memory are named by a descriptor (swizzled_matrix). wgmma: a lies as (64,16), b as (N,16). wgmma_turned: a is in registers, as for
+// mma_16816, b lies as (16,N), and the product is added. Between issue and wgmma_wait nothing may touch d, nor a in registers.
 template <int N> __device__ static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add);
-template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add);
+template <int N> __device__ static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b);
 
-template <> __device__ inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+template <> HOPPER_DEVICE inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -318,19 +326,19 @@ template <> __device__ inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t
                    "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
                  : "l"(a), "l"(b), "r"(add));
 }
-template <int TURNED> __device__ static inline void wgmma_64(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+template <> HOPPER_DEVICE inline void wgmma_turned<64>(float (*d)[4], const unsigned a[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-                 "}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;}"
+                 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
                  : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
                    "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
                    "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
                    "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-template <> __device__ inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+template <> HOPPER_DEVICE inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
@@ -347,13 +355,13 @@ template <> __device__ inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_
                    "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
                  : "l"(a), "l"(b), "r"(add));
 }
-template <int TURNED> __device__ static inline void wgmma_128(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+template <> HOPPER_DEVICE inline void wgmma_turned<128>(float (*d)[4], const unsigned a[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
                  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
                  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-                 "}, {%64,%65,%66,%67}, %68, add, 1, 1, %70;}"
+                 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
                  : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
                    "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
                    "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
@@ -362,17 +370,12 @@ template <int TURNED> __device__ static inline void wgmma_128(float (*d)[4], con
                    "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
                    "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
                    "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
-}
-template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    static_assert(N == 64 || N == 128, "the widths that are written out above");
-    if constexpr (N == 64) wgmma_64<TURNED>(d, a, b, add);
-    else wgmma_128<TURNED>(d, a, b, add);
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 // Registers that were written since the last product may be its factors and sums. Products up to wgmma_commit are a group; wgmma_wait<LEFT> waits
 // until at most LEFT groups are on their way, and wgmma_done tells the compiler that a result is new from there on.
-__device__ static inline void wgmma_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ static inline void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+HOPPER_DEVICE static inline void wgmma_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+HOPPER_DEVICE static inline void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ static inline void wgmma_wait(void) { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
 template <int N> __device__ static inline void wgmma_done(float (*d)[4]) {
     #pragma unroll
@@ -380,15 +383,15 @@ template <int N> __device__ static inline void wgmma_done(float (*d)[4]) {
 }
 
 // A barrier's phase ends when `arrivals` have arrived and all expected bytes have come; waiting is for the end of the phase of that parity.
-__device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
+HOPPER_DEVICE static inline void barrier_init(uint64_t *barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+HOPPER_DEVICE static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ static inline void barrier_arrive(uint64_t *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory"); }
-__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
+HOPPER_DEVICE static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
+HOPPER_DEVICE static inline void barrier_wait(uint64_t *barrier, int parity) {
     int done;
     do {
         asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
@@ -396,15 +399,15 @@ __device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
     } while (!done);
 }
 // The box of the map at these coordinates, in rows of 128 bytes whose chunks of 16 are mixed up as chunk_of<64> does.
-__device__ static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
+HOPPER_DEVICE static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];"
                  :: "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(token), "r"(batch) : "memory");
 }
 // What this thread has written to shared memory, or read there, comes before what matrix products and copy engine do after the next barrier.
-__device__ static inline void shared_written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+HOPPER_DEVICE static inline void shared_written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Barriers among some of a block's threads: `threads` in all arrive, and those that sync wait for the rest.
-__device__ static inline void threads_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
-__device__ static inline void threads_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+HOPPER_DEVICE static inline void threads_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+HOPPER_DEVICE static inline void threads_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
 // A warpgroup that copies leaves registers to those that compute.
 template <int N> __device__ static inline void registers_fewer(void) { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> __device__ static inline void registers_more(void) { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
@@ -2460,18 +2463,12 @@ static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16
 }
 
 // ----------------------------------------------------------------------------
-// The same on Hopper, where the keys of a query are a range: wgmma instead of mma.sync, which reaches 3/4 of the matrix units there at best.
+// The same on Hopper (sm_90a): wgmma instead of mma.sync, which reaches 3/4 of the matrix units there at best.
 // A block is a warpgroup that copies and two or three that compute, 64 rows each: tiles come by the copy engine into rings of buffers, `full` and `empty`
 // barriers pass them to and fro, and while one warpgroup is at its exponentials the others keep the matrix units busy (FlashAttention-3, Shah et al. 2024).
 //
 // A tile of rows is whole tokens with all heads of a group: a box (64 channels, G heads, tokens) of q as it lies in memory. Where G does not
 // divide the tile's rows, the last ones stay empty.
-
-#if defined __CUDA_ARCH_FEAT_SM90_ALL
-#define HOPPER_CODE 1
-#else
-#define HOPPER_CODE 0       // another architecture is compiled: these kernels are empty there
-#endif
 
 enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
 struct alignas(1024) SharedKilobyte { unsigned char bytes[1024]; };     // what a swizzled tile must be aligned to
@@ -2481,6 +2478,7 @@ __global__ void hopper_code_kernel(int *there) { *there = HOPPER_CODE; }
 static int hopper_code(void) {
     static int there = -1;
     if (there >= 0) return there;
+    device_open();
     int *on_device = (int *)device_malloc(sizeof there);
     if (gpu.major == 9 && gpu.minor == 0) hopper_code_kernel<<<1, 1>>>(on_device);
     LAUNCHED();
@@ -2489,8 +2487,8 @@ static int hopper_code(void) {
     return there;
 }
 
-// 1 if this tier takes the shape, which fast_attention has let pass. Selection is here for backward alone, where blocks fill the 64 rows of wgmma
-// and a group of heads is enough for a box of its own.
+// 1 if this tier takes the shape, which fast_attention has let pass. Of selection, where blocks fill most of the 64 rows of
+// wgmma and the heads of a group are enough for a box of their own.
 static int hopper_attention(const AttentionShape *s, const Mask *mask) {
     const int64_t G = s->H / s->KV;
     if (mask->kind == MASK_SELECTED && (mask->sel_block <= SLAB_ROWS / 2 || G < 4)) return 0;
@@ -2532,10 +2530,10 @@ __device__ static inline void copy_tile(bf16 *tile, int rows, const CUtensorMap 
     #pragma unroll
     for (int panel = 0; panel < W / PANEL; panel++) copy_box(tile + panel * rows * PANEL, map, panel * PANEL, head, token, b, full);
 }
-__device__ static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
+HOPPER_DEVICE static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
 
 // A factor of wgmma: from this place of a tile on. Groups of 8 rows follow each other, a panel follows `rows` rows.
-__device__ static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
+HOPPER_DEVICE static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
     return (uint64_t)(shared_address(at) >> 4) | (uint64_t)(rows * PANEL * 2 >> 4) << 16 | (uint64_t)(8 * PANEL * 2 >> 4) << 32 | (uint64_t)1 << 62;
 }
 // d (64,N) = left (64,W), of a tile of left_rows, · (N rows of another)ᵀ
@@ -2551,11 +2549,11 @@ __device__ static inline void slab_times_turned(float (*d)[4], const bf16 *left,
 template <int W, int ROWS>
 __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*left)[4], const bf16 *tile) {
     #pragma unroll
-    for (int step = 0; step < ROWS / 16; step++) wgmma<W, 1>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS), 1);
+    for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS));
 }
 
 // A warp has done with a buffer.
-__device__ static inline void let_go(uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); }
+HOPPER_DEVICE static inline void let_go(uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); }
 
 // Where one stands in a ring of N buffers, and the parity of the round.
 template <int N>
@@ -2928,12 +2926,12 @@ struct SelectedSlab {
 };
 // The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
 struct GroupRows { int query[2]; unsigned queries; };
-__device__ static inline GroupRows group_rows(int G) {
+HOPPER_DEVICE static inline GroupRows group_rows(int G) {
     const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
     const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
     return rows;
 }
-__device__ static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
+HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
 
 template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
 
