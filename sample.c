@@ -801,7 +801,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) {  // eq. 9
         float sum = 0;
         for (int64_t i = max64(0, j * per_block - pieces + 1); i < min64((j + 1) * per_block, visible); i++)
-            sum += weights[i] * (float)pieces_inside(i, j, sel);
+            sum += weights[i] * (float)pieces_inside(i, j, pieces, per_block);
         score[j] = sum >= 0 ? sum : 0;  // NaN, from a model that is lost anyway, must not leave a place empty
     }
     __syncthreads();
