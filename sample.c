@@ -768,7 +768,9 @@ typedef struct AttendCall {
     int64_t q_row;
     const Input *input;
     LayerCache cache;
-    const int *block_idx;
+    const int *block_idx;       // of the simple tier; the fast one chooses from
+    const float *importance;    // (rows,KV,most_blocks)
+    int64_t most_blocks;
     float *scores;              // (rows,H,slots), for the compressed branch
     Shares parts;
     DecodeShape s;
@@ -947,18 +949,24 @@ __device__ static inline void group_lse(float *lse, const Shares *parts, const D
 // Eq. 10: the weight of a compressed block for all heads of a group, from their scores, `slots` apart.
 __device__ static inline float group_weight(const float *scores, int64_t slots, const float *lse, int G) {
     float sum = 0;
-    #pragma unroll 8
+    #pragma unroll 16
     for (int g = 0; g < G; g++) sum += expf(scores[g * slots] - lse[g]);
     return sum;
 }
 
-// Eq. 9: the importance of selection block j, from the weights of `visible` compressed blocks. NaN, from a model that is lost anyway,
-// must not leave a place empty.
-__device__ static inline float importance_of(int j, const float *weights, int visible, const SelectShape *sel) {
+// The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
+__device__ static inline Stretch touching(int j0, int j1, int visible, const SelectShape *sel) {
     const int per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    const int from = j * per_block - pieces + 1, to = (j + 1) * per_block;
+    const Stretch x = {j0 * per_block > pieces - 1 ? j0 * per_block - pieces + 1 : 0, j1 * per_block < visible ? j1 * per_block : visible};
+    return x;
+}
+
+// Eq. 9: the importance of selection block j, from the weights of the compressed blocks `origin` and on. NaN, from a model that is lost
+// anyway, must not leave a place empty.
+__device__ static inline float importance_of(int j, const float *weights, int origin, int visible, const SelectShape *sel) {
+    const Stretch x = touching(j, j + 1, visible, sel);
     float sum = 0;
-    for (int i = from > 0 ? from : 0; i < to && i < visible; i++) sum += weights[i] * (float)pieces_inside(i, j, sel);
+    for (int i = x.from; i < x.to; i++) sum += weights[i - origin] * (float)pieces_inside(i, j, sel);
     return sum >= 0 ? sum : 0;
 }
 
@@ -981,7 +989,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;      // in the place of the first head's scores
     for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, slots, lse, s.G);
     __syncthreads();
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of((int)j, weights, visible, sel);
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of((int)j, weights, 0, visible, sel);
     __syncthreads();
 
     const int places = sel->n - sel->n_init - sel->n_local;
@@ -1016,8 +1024,8 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 // once, at the speed of the memory: every warp keeps tiles of its own on their way (cp.async), so that no warp waits for another until
 // the end of the share, and one tile serves up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero).
 //
-// Selection has no launch of its own: weights_kernel sums up the heads, and then each block of threads of the selection branch makes the
-// whole choice of its list again, which is quicker than to wait for one that makes it for all.
+// The choice itself has no launch of its own: importance_kernel spreads the sums over heads and compressed blocks, and then each block of
+// threads of the selection branch ranks its list's blocks for itself, which is quicker than to wait for one that does it for all.
 
 enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS };
@@ -1040,16 +1048,27 @@ static int fast_decode(const Config *c, int64_t capacity) {
     return fast_model(c) && (!has_nsa(c) || c->sel_blocks <= CHOICE_GROUPS) && c->sel_blocks * candidates * (int64_t)sizeof(uint64_t) <= ring_bytes(c);
 }
 
-// The scores of a list's heads become their weights, summed up, in the place of the first head's. grid: compressed blocks, list
-__global__ void weights_kernel(float *scores, int64_t slots, Shares parts, const Input *input, DecodeShape s) {
-    extern __shared__ float lse[];      // (G)
+// importance (rows,KV,blocks) of the selection blocks from the compressed branch's scores (rows,H,slots): a block of threads takes so many
+// selection blocks that it has about a compressed one for each thread. grid: selection blocks, list
+static int importance_blocks(const SelectShape *sel) { return (int)max64(1, THREADS / (sel->sel_block / sel->cmp_stride)); }
+static int64_t importance_bytes(const DecodeShape *s) {
+    const SelectShape *sel = &s->select;
+    return (s->G + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
+}
+
+__global__ void importance_kernel(float *importance, const float *scores, int64_t slots, int most_blocks, int blocks_each, Shares parts, const Input *input, DecodeShape s) {
+    extern __shared__ float shared[];       // (G), then weights of compressed blocks
     wait_for_previous();
-    const int visible = input->of[CMP].keys, i = (int)global_thread();
+    const SelectShape *sel = &s.select;
+    const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.x * blocks_each, j1 = min32(j0 + blocks_each, blocks);
     const int64_t list = blockIdx.y;
-    if (input->position / s.select.sel_block + 1 <= s.select.n || (int)(blockIdx.x * blockDim.x) >= visible) return;
+    if (blocks <= sel->n || j0 >= blocks) return;
+    float *lse = shared, *weights = lse + s.G;
+    const Stretch x = touching(j0, j1, visible, sel);
     group_lse(lse, &parts, &s, list, &input->of[CMP]);
-    float *weights = scores + list * s.G * slots + i;
-    if (i < visible) *weights = group_weight(weights, slots, lse, s.G);
+    for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);
+    __syncthreads();
+    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(j, weights, x.from, visible, sel);
 }
 
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.
@@ -1059,10 +1078,10 @@ __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_
 // idx (n): the blocks that this token reads, those at the end of the text last. DECODE_THREADS threads; idx and list are shared memory.
 // The candidates are dealt out to groups of threads. At most `places` groups have a best one as high as the places-th of the groups' bests, and
 // nobody else has a candidate to take: these few are ranked against each other.
-__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *weights, const Input *input, const SelectShape *sel) {
+__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *importance, const Input *input, const SelectShape *sel) {
     __shared__ uint64_t best[CHOICE_GROUPS], least;
     __shared__ int count;
-    const int blocks = (int)(input->position / sel->sel_block) + 1, visible = input->of[CMP].keys, last = blocks - sel->n_local;
+    const int blocks = (int)input->position / sel->sel_block + 1, last = blocks - sel->n_local;
     const int places = sel->n - sel->n_init - sel->n_local, group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS;
     const int first = sel->n_init + group + member * CHOICE_GROUPS;
     if (blocks <= sel->n) {             // no choice to make
@@ -1071,8 +1090,9 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
         return;
     }
     uint64_t mine = 0;
+    #pragma unroll 4
     for (int j = first; j < last; j += DECODE_THREADS) {
-        const uint64_t x = candidate(j, importance_of(j, weights, visible, sel));
+        const uint64_t x = candidate(j, importance[j]);
         if (x > mine) mine = x;
     }
     for (int step = 1; step < CHOICE_MEMBERS; step *= 2) {
@@ -1089,12 +1109,13 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
     __syncthreads();
     if (higher < places)
         for (int j = first; j < last; j += DECODE_THREADS) {
-            const uint64_t x = candidate(j, importance_of(j, weights, visible, sel));
+            const uint64_t x = candidate(j, importance[j]);
             if (x >= least) list[atomicAdd(&count, 1)] = x;     // in any order: what follows does not depend on it
         }
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += DECODE_THREADS) {
         int rank = 0;
+        #pragma unroll 4
         for (int other = 0; other < count; other++) rank += list[other] > list[i];
         if (rank < places) idx[sel->n_init + rank] = candidate_index(list[i]);
     }
@@ -1110,13 +1131,13 @@ __device__ static inline void fetch_keys_of(bf16 *tile, const bf16 *k, const bf1
     const int key = k0 + lane() % TILE_KEYS;
     const int slot = key >= end ? 0 : idx ? idx[key / block] * block + key % block : key;
     #pragma unroll
-    for (int i = lane(); i < TILE_KEYS * (D / 8); i += WARP) {
-        const int row = i / (D / 8), chunk = i % (D / 8);
+    for (int n = 0; n < TILE_KEYS * (D / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (D / 8), chunk = (n * WARP + lane()) % (D / 8);
         cp_async_16(chunk_of<D>(tile, row, chunk), k + (int64_t)__shfl_sync(~0u, slot, row) * D + chunk * 8, k0 + row < end ? 16 : 0);
     }
     #pragma unroll
-    for (int i = lane(); i < TILE_KEYS * (DV / 8); i += WARP) {
-        const int row = i / (DV / 8), chunk = i % (DV / 8);
+    for (int n = 0; n < TILE_KEYS * (DV / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (DV / 8), chunk = (n * WARP + lane()) % (DV / 8);
         cp_async_16(chunk_of<DV>(tile + TILE_KEYS * D, row, chunk), v + (int64_t)__shfl_sync(~0u, slot, row) * DV + chunk * 8, k0 + row < end ? 16 : 0);
     }
 }
@@ -1128,24 +1149,18 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_k
     extern __shared__ uint4 fast_shared[];
     __shared__ float tops[DECODE_WARPS][MMA_ROWS], totals[DECODE_WARPS][MMA_ROWS];
     __shared__ int chosen[CHOICE_GROUPS];
+    __shared__ uint4 query_memory[MMA_ROWS * D / 8];
     wait_for_previous();
     const DecodeShape *s = &a.s;
     const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
     const int warp = threadIdx.x / WARP, low = lane() / 4, pair = lane() % 4 * 2;        // a lane has rows low and low + 8 of a result
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
-    bf16 *ring = (bf16 *)fast_shared + warp * R::NUMBERS;
+    bf16 *ring = (bf16 *)fast_shared + warp * R::NUMBERS, *queries = (bf16 *)query_memory;      // (MMA_ROWS,D)
     float *outs = (float *)fast_shared;
 
     const float *q = a.q + list / s->KV * a.q_row + (list % s->KV * G + g0) * D;
     unsigned qs[D / 16][4];
-    #pragma unroll
-    for (int step = 0; step < D / 16; step++)
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = low + i % 2 * 8;
-            const float *two = q + row * D + step * 16 + i / 2 * 8 + pair;
-            qs[step][i] = row < heads ? two_bf16(two[0], two[1]) : 0;
-        }
+    int has_queries = 0;
 
     for (int n = 0; n < 2 && a.lists[n] != NO_LIST; n++) {
         const int kind = a.lists[n], branch = branch_of(kind);
@@ -1156,13 +1171,21 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_k
         const int64_t score_row = a.cache.branch[CMP].slots;
         float *scores = kind == CMP ? a.scores + ((int64_t)list * G + g0) * score_row : NULL;
         const int *idx = kind == SLC ? chosen : NULL;
-        if (idx) choose_quickly(chosen, (uint64_t *)fast_shared, a.scores + (int64_t)list * G * score_row, a.input, &s->select);
+        if (idx) choose_quickly(chosen, (uint64_t *)fast_shared, a.importance + list * a.most_blocks, a.input, &s->select);
 
         float o[DV / 8][4] = {{0}}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};       // top in units of log2
         const int first = x.from + warp * TILE_KEYS, step = DECODE_WARPS * TILE_KEYS;
         for (int i = 0; i < R::STAGES - 1; i++) {
             if (first + i * step < x.to) fetch_keys_of<D, DV>(ring + i * R::STAGE, k, v, first + i * step, x.to, idx, s->select.sel_block);
             cp_async_commit();
+        }
+        if (!has_queries) {     // while the first keys are on their way
+            for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
+                chunk_of<D>(queries, i / D, i % D / 8)[i % 8] = i / D < heads ? __float2bfloat16_rn(q[i]) : __float2bfloat16_rn(0);
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < D / 16; i++) ldmatrix_x4(qs[i], chunk_of<D>(queries, lane() % MMA_ROWS, i * 2 + lane() / MMA_ROWS));
+            has_queries = 1;
         }
         for (int k0 = first, stage = 0; k0 < x.to; k0 += step, stage = (stage + 1) % R::STAGES) {
             const int ahead = k0 + (R::STAGES - 1) * step;
@@ -1358,9 +1381,13 @@ static void compress_step(Decoder *d, int layer) {
     launch(a->stream, output_kernel<F>, dim3(grid((most + 1) / 2, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
 }
 
+static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
+
 static AttendCall attend_call(const Decoder *d, int layer) {
+    const Config *c = &d->model->config;
     const Working *w = d->work;
-    const AttendCall a = {w->wide, wide_row(&d->model->config, layer).size, w->device_input, d->layers[layer], w->block_idx, w->scores, w->parts, decode_shape(d, layer), {NO_LIST, NO_LIST}};
+    const AttendCall a = {w->wide, wide_row(c, layer).size, w->device_input, d->layers[layer], w->block_idx, w->importance, most_selection_blocks(c, d->capacity),
+                          w->scores, w->parts, decode_shape(d, layer), {NO_LIST, NO_LIST}};
     return a;
 }
 
@@ -1368,10 +1395,12 @@ static AttendCall attend_call(const Decoder *d, int layer) {
 static void launch_choice(const Decoder *d, int layer) {
     const Working *w = d->work;
     const DecodeShape s = decode_shape(d, layer);
-    const int64_t slots = d->layers[layer].branch[CMP].slots, any = max64(slots, 1), most_blocks = d->capacity / s.select.sel_block + 1, lse = s.G * (int64_t)sizeof(float);
+    const int64_t slots = d->layers[layer].branch[CMP].slots, most_blocks = most_selection_blocks(&d->model->config, d->capacity);
     const unsigned lists = (unsigned)(s.rows * s.KV);
-    if (w->fast) launch(w->stream, weights_kernel, dim3(grid(any, THREADS), lists), THREADS, lse, w->scores, slots, w->parts, w->device_input, s);
-    else launch(w->stream, select_kernel, lists, min64(MOST_THREADS, round_up(any, WARP)), lse, w->block_idx, w->scores, slots, w->importance, most_blocks, w->parts, w->device_input, s);
+    const int each = importance_blocks(&s.select);
+    if (w->fast) launch(w->stream, importance_kernel, dim3(grid(most_blocks, each), lists), THREADS, importance_bytes(&s), w->importance, w->scores, slots, most_blocks, each, w->parts, w->device_input, s);
+    else launch(w->stream, select_kernel, lists, min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), s.G * (int64_t)sizeof(float), w->block_idx, w->scores, slots, w->importance,
+                most_blocks, w->parts, w->device_input, s);
 }
 
 static void launch_merge(const Decoder *d, int layer) {
@@ -1506,7 +1535,7 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
         carve(m, &w->hidden[v], nsa * lists * 2 * (v ? Dv : D));
     }
     carve(m, &w->scores, rows * H * slots);
-    carve(m, &w->importance, nsa * lists * (capacity / max64(c->sel_block, 1) + 1));
+    carve(m, &w->importance, nsa * lists * most_selection_blocks(c, capacity));
     carve(m, &w->block_idx, nsa * lists * c->sel_blocks);
     carve(m, &w->parts.top, parts);
     carve(m, &w->parts.sum, parts);
@@ -1560,13 +1589,13 @@ void decoder_open(Decoder *d) {
     CUDA(cudaMallocHost((void **)&w->input, input_bytes(d)));
     CUDA(cudaMallocHost((void **)&d->logits, (size_t)d->rows * (size_t)c->vocab_size * sizeof(float)));
     const DecodeShape s = decode_shape(d, 0);
-    const int64_t numbers = attend_numbers(&s) * (int64_t)sizeof(float), lse = s.G * (int64_t)sizeof(float);
+    const int64_t numbers = attend_numbers(&s) * (int64_t)sizeof(float);
     const char *wide_heads = "attention with heads this wide", *cpu = "sample, on the CPU";
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
-    allow_shared(select_kernel, lse, "selection for so many heads on a KV head", cpu);
+    allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (!fast_model(c)) return;
-    allow_shared(weights_kernel, lse, "selection for so many heads on a KV head", cpu);
+    if (has_nsa(c)) allow_shared(importance_kernel, importance_bytes(&s), "selection for so many heads on a KV head", cpu);
     if (s.D == 64) allow_shared(fast_attend_kernel<64, 64>, Ring<64, 64>::BYTES, FAST_NAME, FAST_FIX);
     else if (s.D == 128) allow_shared(fast_attend_kernel<128, 128>, Ring<128, 128>::BYTES, FAST_NAME, FAST_FIX);
     else allow_shared(fast_attend_kernel<192, 128>, Ring<192, 128>::BYTES, FAST_NAME, FAST_FIX);

@@ -2,7 +2,7 @@
 Attention of one token that is decoded: dense, over all keys, and NSA's, over its three branches, with the choice and the sum.
 
     version 1   f32 and any shape: attend_kernel, select_kernel, merge_kernel
-    version 2   bf16 on tensor cores: fast_attend_kernel, weights_kernel, choose_quickly, merge_kernel
+    version 2   bf16 on tensor cores: fast_attend_kernel, importance_kernel, choose_quickly, merge_kernel
 
 The kernels are those of sample.c, and so is what launches them.
 
