@@ -143,7 +143,7 @@ endif
 NVCC_FLAGS ?= -O3
 NVCC_ALL = -std=c++17 --threads 0 $(NVCC_FLAGS) $(GPU_ARCH) -Werror all-warnings $(NVCC_OMP) -I.
 
-TEST_HEADERS := $(wildcard test/*.h)
+TEST_HEADERS := $(wildcard test/*.h dev/cuda/*.h)
 CU_SOURCES = train_nsa.cu train_nsa.c data/tales.c $(EMBEDDED) build/flags
 NEEDS_NVCC = $(if $(NVCC),,@echo "$@: nvcc was not found: install the CUDA toolkit, or name it, NVCC=/path/to/nvcc"; exit 1)
 
@@ -186,7 +186,7 @@ build/train_nsacu_emulated: $(TRANSLATED)
 	$(EMULATED) build/emulated/train_nsa.cu -o $@
 build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
-$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu $(TEST_HEADERS) $(TRANSLATED)
+$(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu build/emulated/dev/cuda/bench.h $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
 build/decode_emulated: build/emulated/sample.c
 build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)

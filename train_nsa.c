@@ -4838,7 +4838,9 @@ static Mask branch_mask(const Config *c, const LayerActs *a, AttentionShape *s, 
     mask.kind = MASK_WINDOW;
     mask.window = layer_is_full(c, layer) ? s->T : c->window;
     if (layer_is_full(c, layer) || branch == WIN) return mask;
-    if (branch == SLC) {
+    if (branch == SLC && s->T <= (int64_t)c->sel_blocks * c->sel_block) {       // so few blocks that every query takes all of its own
+        mask.window = s->T;
+    } else if (branch == SLC) {
         mask.kind = MASK_SELECTED;
         mask.sel_block = c->sel_block;
         mask.n = c->sel_blocks;

@@ -1319,7 +1319,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
 // ----------------------------------------------------------------------------
 // Selection. Rows (b,t,kv) are done a chunk at a time, so that their attention weights (chunk, Nc) never become (B,T,KV,Nc).
 
-enum { SELECT_NUMBERS = 1 << 24, SELECT_HEADS = 4 };      // of a chunk; heads that a thread meets a key with at once
+enum { SELECT_NUMBERS = 1 << 26, SELECT_HEADS = 4 };      // of a chunk, enough for several waves of blocks; heads that a thread meets a key with at once
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = s->Tk + s->T / sel->sel_block + 1;
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / row));
@@ -1350,26 +1350,85 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
     }
 }
 
-// Eq. 9, 11, 12: a warp a row. Taken blocks are marked by an importance of -1.
+// A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
+typedef struct Choice { int *idx; const float *weights; int64_t t, first, last; } Choice;
+
+// 0: there is no such row, or nothing to choose in it: it takes all its blocks.
+__device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
+    x->idx = block_idx + row * sel->n;
+    x->weights = weights + i * s->Tk;
+    x->t = t;
+    x->first = sel->n_init;
+    x->last = blocks - sel->n_local;
+    if (i >= rows) return 0;
+    for (int j = lane(); j < sel->n && blocks <= sel->n; j += WARP) x->idx[j] = j < blocks ? j : -1;
+    if (blocks <= sel->n) return 0;
+    for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
+    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = (int)(x->last + j);
+    return 1;
+}
+
+// Eq. 9 of block j.
+__device__ static inline float importance_of(const Choice *x, int64_t j, const SelectShape *sel) {
+    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
+    const int64_t end = min64((j + 1) * per_block, compressed_seen(x->t, sel->cmp_block, sel->cmp_stride));
+    float sum = 0;
+    for (int64_t i = max64(0, j * per_block - pieces + 1); i < end; i++) sum += x->weights[i] * (float)pieces_inside(i, j, sel);
+    return sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
+}
+
+// Eq. 9, 11, 12: a warp a row. The most important blocks so far are kept one a lane, so there are at most WARP of them; a stretch of
+// importances passes by in registers. Importances are not negative: they compare as their bits do, and 0 stands for none.
+enum { STRETCH = 8 };       // importances of a lane
+__global__ void select_few_kernel(int *block_idx, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
+    Choice x;
+    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
+    const int wanted = sel.n - sel.n_init - sel.n_local;
+    unsigned kept = 0;      // bits of an importance, plus 1
+    int kept_at = INT_MAX;
+    for (int64_t j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
+        unsigned value[STRETCH], highest = 0;
+        #pragma unroll
+        for (int u = 0; u < STRETCH; u++) {
+            const int64_t j = j0 + u * WARP + lane();
+            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j, &sel)) + 1 : 0;
+            highest = value[u] > highest ? value[u] : highest;
+        }
+        const unsigned least = __reduce_min_sync(~0u, lane() < wanted ? kept : ~0u);
+        if (__reduce_max_sync(~0u, highest) <= least) continue;     // none is better, and equal ones come later
+        unsigned new_kept = 0;
+        int new_at = INT_MAX;
+        for (int place = 0; place < wanted; place++) {
+            unsigned best = kept;
+            int at = kept_at;
+            #pragma unroll
+            for (int u = 0; u < STRETCH; u++)
+                if (value[u] > best) best = value[u], at = (int)j0 + u * WARP + lane();
+            const unsigned all_best = __reduce_max_sync(~0u, best);
+            const int all_at = (int)__reduce_min_sync(~0u, best == all_best ? (unsigned)at : ~0u);
+            if (lane() == place) new_kept = all_best, new_at = all_at;
+            if (kept_at == all_at) kept = 0;
+            #pragma unroll
+            for (int u = 0; u < STRETCH; u++)
+                if ((int)j0 + u * WARP + lane() == all_at) value[u] = 0;
+        }
+        kept = new_kept;
+        kept_at = new_at;
+    }
+    int rank = 0;
+    for (int place = 0; place < wanted; place++) rank += __shfl_sync(~0u, kept_at, place) < kept_at;
+    if (lane() < wanted) x.idx[sel.n_init + rank] = kept_at;
+}
+
+// The same for any n: taken blocks are marked by an importance of -1.
 __global__ void select_blocks_kernel(int *block_idx, float *importance, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
-    const int64_t i = global_warp();
-    if (i >= rows) return;
-    const int64_t row = row0 + i, t = row / s.KV % s.T, blocks = t / sel.sel_block + 1, visible = compressed_seen(t, sel.cmp_block, sel.cmp_stride);
-    int *idx = block_idx + row * sel.n;
-    if (blocks <= sel.n) {
-        for (int j = lane(); j < sel.n; j += WARP) idx[j] = j < blocks ? j : -1;
-        return;
-    }
-    const int64_t per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
-    const int64_t first = sel.n_init, last = blocks - sel.n_local;
-    float *score = importance + i * (s.T / sel.sel_block + 1);
-    const float *w = weights + i * s.Tk;
-    for (int64_t j = first + lane(); j < last; j += WARP) {
-        float sum = 0;
-        for (int64_t x = max64(0, j * per_block - pieces + 1); x < min64((j + 1) * per_block, visible); x++)
-            sum += w[x] * (float)pieces_inside(x, j, &sel);
-        score[j] = sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
-    }
+    Choice x;
+    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
+    const int64_t first = x.first, last = x.last;
+    int *idx = x.idx;
+    float *score = importance + global_warp() * (s.T / sel.sel_block + 1);
+    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j, &sel);
     __syncwarp();
     for (int place = sel.n - sel.n_init - sel.n_local; place > 0; place--) {
         float best = -0.5f;
@@ -1391,8 +1450,6 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
         if (taken) idx[to + __popc(all & ((1u << lane()) - 1))] = (int)(j0 + lane());
         to += __popc(all);
     }
-    for (int j = lane(); j < sel.n_init; j += WARP) idx[j] = j;
-    for (int j = lane(); j < sel.n_local; j += WARP) idx[sel.n - sel.n_local + j] = (int)(last + j);
 }
 
 template <typename F>
@@ -2397,11 +2454,12 @@ static void gpu_select_forward(int *block_idx, const F *q, const F *k, const flo
     float *weights = scratch, *importance = weights + chunk * s->Tk;
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        int fast = 0;
+        int done = s->T <= (int64_t)sel->n * sel->sel_block;        // then there is nothing to weigh: all blocks are taken
         if constexpr (std::is_same<F, bf16>::value)
-            if ((fast = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
-        if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
-        select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
+            if (!done && (done = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (!done) simple_select_weights(weights, q, k, lse, row, n, s, sel);
+        if (sel->n - sel->n_init - sel->n_local <= WARP) select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, weights, row, n, *s, *sel);
+        else select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
         LAUNCHED();
     }
 }

@@ -360,6 +360,14 @@ static inline unsigned __ballot_sync(unsigned mask, int yes) {
         if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
     return result;
 }
+static inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+    const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1 && emu_from_lane<unsigned>(slot, i) > result) result = emu_from_lane<unsigned>(slot, i);
+    return result;
+}
+static inline unsigned __reduce_min_sync(unsigned mask, unsigned x) { return ~__reduce_max_sync(mask, ~x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline int atomicAdd(int *p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
