@@ -954,22 +954,6 @@ __device__ static inline float group_weight(const float *scores, int64_t slots, 
     return sum;
 }
 
-// The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
-__device__ static inline Stretch touching(int j0, int j1, int visible, const SelectShape *sel) {
-    const int per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    const Stretch x = {j0 * per_block > pieces - 1 ? j0 * per_block - pieces + 1 : 0, j1 * per_block < visible ? j1 * per_block : visible};
-    return x;
-}
-
-// Eq. 9: the importance of selection block j, from the weights of the compressed blocks `origin` and on. NaN, from a model that is lost
-// anyway, must not leave a place empty.
-__device__ static inline float importance_of(int j, const float *weights, int origin, int visible, const SelectShape *sel) {
-    const Stretch x = touching(j, j + 1, visible, sel);
-    float sum = 0;
-    for (int i = x.from; i < x.to; i++) sum += weights[i - origin] * (float)pieces_inside(i, j, sel);
-    return sum >= 0 ? sum : 0;
-}
-
 // idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
@@ -989,7 +973,8 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;      // in the place of the first head's scores
     for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, slots, lse, s.G);
     __syncthreads();
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of((int)j, weights, 0, visible, sel);
+    const Choice choice = {idx, weights, input->position, first, last};
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, j, sel);
     __syncthreads();
 
     const int places = sel->n - sel->n_init - sel->n_local;
@@ -1056,6 +1041,13 @@ static int64_t importance_bytes(const DecodeShape *s) {
     return (s->G + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
 }
 
+// The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
+__device__ static inline Stretch touching(int j0, int j1, int visible, const SelectShape *sel) {
+    const int per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
+    const Stretch x = {j0 * per_block > pieces - 1 ? j0 * per_block - pieces + 1 : 0, j1 * per_block < visible ? j1 * per_block : visible};
+    return x;
+}
+
 __global__ void importance_kernel(float *importance, const float *scores, int64_t slots, int most_blocks, int blocks_each, Shares parts, const Input *input, DecodeShape s) {
     extern __shared__ float shared[];       // (G), then weights of compressed blocks
     wait_for_previous();
@@ -1068,7 +1060,8 @@ __global__ void importance_kernel(float *importance, const float *scores, int64_
     group_lse(lse, &parts, &s, list, &input->of[CMP]);
     for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);
     __syncthreads();
-    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(j, weights, x.from, visible, sel);
+    const Choice choice = {NULL, weights - x.from, input->position, j0, j1};
+    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(&choice, j, sel);
 }
 
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.

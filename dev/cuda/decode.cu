@@ -16,6 +16,7 @@ SPDX-License-Identifier: MIT
 #define NSA_CU
 #define SAMPLE_NO_MAIN
 #include "../../sample.c"
+#include "bench.h"
 #include "test/check.h"
 
 // A model of one layer, and a decoder with room for T tokens.
@@ -190,53 +191,11 @@ static void check_case(const Case *x, int version) {
 enum { VISITS = 32, RUNS = 21 };
 static const double COLD_BYTES = 256e6, MOST_BYTES = 30e9;
 
-template <typename F>
-__global__ void noise_kernel(F *x, int64_t n, uint32_t seed) {      // uniform in (-2, 2)
-    const int64_t i = global_thread();
-    if (i >= n) return;
-    uint32_t word[4];
-    const uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), 0, 0}, key[2] = {seed, 0};
-    philox4x32(word, counter, key);
-    x[i] = (F)((float)word[0] * 9.3132257e-10f - 2);
-}
-template <typename F>
-static void noise(F *x, int64_t n) {
-    static uint32_t seed;
-    noise_kernel<<<grid(n, THREADS), THREADS>>>(x, n, ++seed);
-    LAUNCHED();
-}
-
-static int ascending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
-// Milliseconds of the middle one of some runs on a stream.
-template <typename Work>
-static double median_ms(cudaStream_t stream, Work work) {
-    float ms[RUNS];
-    cudaEvent_t begin, end;
-    CUDA(cudaEventCreate(&begin));
-    CUDA(cudaEventCreate(&end));
-    work();
-    for (int i = 0; i < RUNS; i++) {
-        CUDA(cudaEventRecord(begin, stream));
-        work();
-        CUDA(cudaEventRecord(end, stream));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms[i], begin, end));
-    }
-    CUDA(cudaEventDestroy(begin));
-    CUDA(cudaEventDestroy(end));
-    qsort(ms, RUNS, sizeof *ms, ascending);
-    return (double)ms[RUNS / 2];
-}
-
 // Bytes a second that a copy reads and writes.
 static double copy_rate(void) {
     const int64_t bytes = (int64_t)1 << 30;
     void *from = device_malloc(bytes), *to = device_malloc(bytes);
-    const double ms = median_ms(0, [&] { CUDA(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, 0)); });
+    const double ms = median_ms(RUNS, [&] { CUDA(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, 0)); });
     CUDA(cudaFree(from));
     CUDA(cudaFree(to));
     return 2 * (double)bytes / ms * 1e3;
@@ -258,7 +217,7 @@ static double graph_us(Decoder *d, const LayerCache *caches, int count, Work wor
         }
     });
     d->layers[0] = own;
-    const double ms = median_ms(w->stream, [&] { CUDA(cudaGraphLaunch(graph, w->stream)); });
+    const double ms = median_ms(RUNS, [&] { CUDA(cudaGraphLaunch(graph, w->stream)); });
     CUDA(cudaGraphExecDestroy(graph));
     return ms * 1e3 / visits;
 }
@@ -300,13 +259,13 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
             const int64_t keys = (int64_t)rows * KV * cache->slots;
             cache->k = device_malloc(keys * c->head_dim * (int64_t)sizeof(F));
             cache->v = device_malloc(keys * c->v_head_dim * (int64_t)sizeof(F));
-            noise((F *)cache->k, keys * c->head_dim);
-            noise((F *)cache->v, keys * c->v_head_dim);
+            random_numbers((F *)cache->k, keys * c->head_dim, (uint32_t)(6 * i + 2 * b));
+            random_numbers((F *)cache->v, keys * c->v_head_dim, (uint32_t)(6 * i + 2 * b + 1));
         }
         for (int v = 0; v < 2; v++) caches[i].tail[v] = d.layers[0].tail[v];
     }
-    noise(d.work->wide, rows * wide_row(c, 0).size);
-    noise(d.work->gates, (int64_t)rows * H * BRANCHES);
+    random_numbers(d.work->wide, rows * wide_row(c, 0).size, 1u << 20);
+    random_numbers(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
 
     printf("version %d, %s: %s tier, %d shares, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, count, human_bytes((double)held));
     const auto time = [&](int completes) { return graph_us<F>(&d, caches, count, [&] { decode_branches<F>(&d, 0, completes); }); };
