@@ -133,11 +133,13 @@ build/fuzz_standalone: test/fuzz_readers.c $(EMBEDDED) build/flags
 	$(CC) $(SANITIZE) -DFUZZ_STANDALONE $(DEPEND) $< -o $@ -lm
 
 KERNELS := $(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu))
-# the GPU programs: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX
+# the GPU programs: for the GPU that is here, else for every one that this nvcc knows of those below, and later ones through PTX.
+# Hopper's own instructions are in code for 90a alone.
 ifneq ($(and $(NVCC),$(filter train_nsacu samplecu build/test_nsa_cu build/test_sample_cu $(KERNELS) test-gpu,$(MAKECMDGOALS))),)
   GPU_HERE := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null | head -n 1))
   GPU_KNOWN := $(filter 80 89 90 100,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
-  GPU_ARCH ?= $(if $(GPU_HERE),-arch=sm_$(GPU_HERE),$(foreach a,$(GPU_KNOWN),-gencode=arch=compute_$(a)$(,)code=sm_$(a)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
+  code_for = $(foreach a,$(subst 90,90a,$(1)),-gencode=arch=compute_$(a)$(,)code=sm_$(a))
+  GPU_ARCH ?= $(if $(GPU_HERE),$(call code_for,$(GPU_HERE)),$(call code_for,$(GPU_KNOWN)) $(foreach a,$(lastword $(GPU_KNOWN)),-gencode=arch=compute_$(a)$(,)code=compute_$(a)))
   NVCC_OMP := $(if $(findstring -fopenmp,$(OMP)),-Xcompiler -fopenmp)
 endif
 NVCC_FLAGS ?= -O3
@@ -177,7 +179,7 @@ test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu 
 # bounds (EMULATE="-O1 -fsanitize=address,undefined"), not slowness.
 CXX_EMULATED ?= $(CXX)
 EMULATE ?= -O2
-EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
+EMULATED = $(CXX_EMULATED) -std=c++17 $(EMULATE) -g -fno-math-errno -w -Wno-psabi $(or $(OMP),-Wno-unknown-pragmas) -Ibuild/emulated -Itest/cuda_on_cpu -I. -x c++
 TRANSLATED = build/emulated/train_nsa.cu $(wildcard test/cuda_on_cpu/*) train_nsa.c data/tales.c $(EMBEDDED) build/flags
 build/emulated/%: % test/cuda_on_cpu/translate.sed
 	@mkdir -p $(dir $@)

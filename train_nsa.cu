@@ -25,6 +25,7 @@ SPDX-License-Identifier: MIT
 #include "train_nsa.c"
 
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <type_traits>
@@ -247,6 +248,24 @@ static inline void cp_async_4(void *to, const void *from, int filled) { emu_cp_a
 static inline void cp_async_commit(void) { emu_cp_async_commit(); }
 template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
 static inline float power_of_2(float x) { return exp2f(x); }
+static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
+template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
+template <int N, int TURNED> static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) { emu_wgmma(d, N, a, 0, b, add, TURNED); }
+static inline void wgmma_begin(void) {}
+static inline void wgmma_commit(void) { emu_wgmma_commit(); }
+template <int LEFT> static inline void wgmma_wait(void) { emu_wgmma_wait(LEFT); }
+template <int N> static inline void wgmma_done(float (*)[4]) {}
+static inline void barrier_init(uint64_t *barrier, int arrivals) { emu_barrier_init(barrier, arrivals); }
+static inline void barriers_ready(void) {}
+static inline void barrier_arrive(uint64_t *barrier) { emu_barrier_arrive(barrier, 0); }
+static inline void barrier_expect(uint64_t *barrier, int bytes) { emu_barrier_arrive(barrier, bytes); }
+static inline void barrier_wait(uint64_t *barrier, int parity) { emu_barrier_wait(barrier, parity); }
+static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) { emu_copy_box(to, map, column, head, token, batch, barrier); }
+static inline void shared_written(void) {}
+static inline void threads_sync(int id, int threads) { emu_named_barrier(id, threads, true); }
+static inline void threads_arrive(int id, int threads) { emu_named_barrier(id, threads, false); }
+template <int N> static inline void registers_fewer(void) {}
+template <int N> static inline void registers_more(void) {}
 #else
 __device__ static inline unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
@@ -278,6 +297,117 @@ __device__ static inline float power_of_2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
+// threads do other work; copies of boxes by the copy engine; barriers in shared memory that count arrivals and bytes.
+//
+// d (64,N) = [d +] a (64,16) · b (16,N), bf16 into f32. Factors in shared memory are named by a descriptor (swizzled_matrix), a also may come in
+// registers. Warp w of the four holds rows 16w .. 16w+15 of d, in each group of 8 columns as mma_16816 does. TURNED: b lies as (16,N) in memory,
+// with N along its rows, else as (N,16). Between issue and wgmma_wait nothing may touch d, nor a in registers.
+template <int N> __device__ static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add);
+template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add);
+
+template <> __device__ inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+                 "}, %32, %33, add, 1, 1, 0, 0;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+                 : "l"(a), "l"(b), "r"(add));
+}
+template <int TURNED> __device__ static inline void wgmma_64(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+                 "}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+}
+
+template <> __device__ inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                 "}, %64, %65, add, 1, 1, 0, 0;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+                   "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+                   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+                   "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+                   "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+                 : "l"(a), "l"(b), "r"(add));
+}
+template <int TURNED> __device__ static inline void wgmma_128(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                 "}, {%64,%65,%66,%67}, %68, add, 1, 1, %70;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+                   "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+                   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+                   "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+                   "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+}
+template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
+    static_assert(N == 64 || N == 128, "the widths that are written out above");
+    if constexpr (N == 64) wgmma_64<TURNED>(d, a, b, add);
+    else wgmma_128<TURNED>(d, a, b, add);
+}
+// Registers that were written since the last product may be its factors and sums. Products up to wgmma_commit are a group; wgmma_wait<LEFT> waits
+// until at most LEFT groups are on their way, and wgmma_done tells the compiler that a result is new from there on.
+__device__ static inline void wgmma_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ static inline void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ static inline void wgmma_wait(void) { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
+template <int N> __device__ static inline void wgmma_done(float (*d)[4]) {
+    #pragma unroll
+    for (int n = 0; n < N / 8; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]) :: "memory");
+}
+
+// A barrier's phase ends when `arrivals` have arrived and all expected bytes have come; waiting is for the end of the phase of that parity.
+__device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ static inline void barrier_arrive(uint64_t *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory"); }
+__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
+    int done;
+    do {
+        asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
+                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    } while (!done);
+}
+// The box of the map at these coordinates, in rows of 128 bytes whose chunks of 16 are mixed up as chunk_of<64> does.
+__device__ static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(token), "r"(batch) : "memory");
+}
+// What this thread has written to shared memory, or read there, comes before what matrix products and copy engine do after the next barrier.
+__device__ static inline void shared_written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Barriers among some of a block's threads: `threads` in all arrive, and those that sync wait for the rest.
+__device__ static inline void threads_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+__device__ static inline void threads_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+// A warpgroup that copies leaves registers to those that compute.
+template <int N> __device__ static inline void registers_fewer(void) { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> __device__ static inline void registers_more(void) { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
 #endif
 
 // ----------------------------------------------------------------------------
@@ -1943,11 +2073,12 @@ static void dq_of_shape(float *dq, int accumulate, float *delta, const bf16 *dou
 
 enum { PARTS_PER_PROCESSOR = 6, PART_ROWS = 512, PART_THREADS = 256, PLACE_SLOTS = 4 };
 
-DEVICE static inline int tile_keys(const Mask *mask) { return mask->kind == MASK_SELECTED && mask->sel_block < RANGE_KEYS ? (mask->sel_block + 15) / 16 * 16 : RANGE_KEYS; }
-DEVICE static inline int64_t tiles_of_block(const Mask *mask) { return (mask->sel_block + tile_keys(mask) - 1) / tile_keys(mask); }
-DEVICE static inline int64_t key_tiles(const Mask *mask, const AttentionShape *s) {
-    const int64_t size = mask->kind == MASK_SELECTED ? mask->sel_block : RANGE_KEYS, blocks = (s->Tk + size - 1) / size;
-    return mask->kind == MASK_SELECTED ? blocks * tiles_of_block(mask) : blocks;
+// `most`: keys of a tile at most. A selected block is one tile or several.
+DEVICE static inline int tile_keys(int most, const Mask *mask) { return mask->kind == MASK_SELECTED && mask->sel_block < most ? (mask->sel_block + 15) / 16 * 16 : most; }
+DEVICE static inline int64_t tiles_of_block(int most, const Mask *mask) { return (mask->sel_block + tile_keys(most, mask) - 1) / tile_keys(most, mask); }
+DEVICE static inline int64_t key_tiles(int most, const Mask *mask, const AttentionShape *s) {
+    const int64_t size = mask->kind == MASK_SELECTED ? mask->sel_block : most, blocks = (s->Tk + size - 1) / size;
+    return mask->kind == MASK_SELECTED ? blocks * tiles_of_block(most, mask) : blocks;
 }
 
 // The queries [from, to) that see any of the keys [k0, k0 + count), where these are a range.
@@ -1958,17 +2089,17 @@ DEVICE static inline void query_range(const Mask *mask, int64_t k0, int64_t coun
 }
 
 typedef struct KeyTile { int64_t b, kv, k0, count, from, to; } KeyTile;
-__device__ static inline KeyTile key_tile_at(int64_t item, const Mask *mask, const AttentionShape *s, const Takers *takers) {
-    const int64_t tiles = key_tiles(mask, s), tile = item % tiles, bkv = item / tiles;
-    KeyTile x = {bkv / s->KV, bkv % s->KV, tile * RANGE_KEYS, 0, 0, 0};
+__device__ static inline KeyTile key_tile_at(int64_t item, int most, const Mask *mask, const AttentionShape *s, const Takers *takers) {
+    const int64_t tiles = key_tiles(most, mask, s), tile = item % tiles, bkv = item / tiles;
+    KeyTile x = {bkv / s->KV, bkv % s->KV, tile * most, 0, 0, 0};
     if (mask->kind != MASK_SELECTED) {
-        x.count = min64(RANGE_KEYS, s->Tk - x.k0);
+        x.count = min64(most, s->Tk - x.k0);
         query_range(mask, x.k0, x.count, s->T, &x.from, &x.to);
         return x;
     }
-    const int64_t block = tile / tiles_of_block(mask), inside = tile % tiles_of_block(mask) * tile_keys(mask);
+    const int64_t block = tile / tiles_of_block(most, mask), inside = tile % tiles_of_block(most, mask) * tile_keys(most, mask);
     x.k0 = block * mask->sel_block + inside;
-    x.count = max64(0, min64(min64(tile_keys(mask), mask->sel_block - inside), s->Tk - x.k0));
+    x.count = max64(0, min64(min64(tile_keys(most, mask), mask->sel_block - inside), s->Tk - x.k0));
     if (block < takers->blocks && x.count > 0) {
         const int64_t *start = takers->start + bkv * (takers->blocks + 1) + block;
         x.from = start[0];
@@ -1979,16 +2110,16 @@ __device__ static inline KeyTile key_tile_at(int64_t item, const Mask *mask, con
 
 // How the work is cut: at most `queries` of a tile make one part. Bounds for the launch and for the memory, which hold for any lists.
 typedef struct Parts { int64_t tiles, queries, items, slots, slot_size; } Parts;
-static Parts attention_parts_of(const Mask *mask, const AttentionShape *s) {
-    const int64_t each = key_tiles(mask, s), G = s->H / s->KV;
+static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape *s) {
+    const int64_t each = key_tiles(most, mask, s), G = s->H / s->KV;
     int64_t work = 0, from, to;
-    if (mask->kind == MASK_SELECTED) work = s->T * mask->n * tiles_of_block(mask);
+    if (mask->kind == MASK_SELECTED) work = s->T * mask->n * tiles_of_block(most, mask);
     for (int64_t i = 0; i < each && mask->kind != MASK_SELECTED; i++) {
-        query_range(mask, i * RANGE_KEYS, min64(RANGE_KEYS, s->Tk - i * RANGE_KEYS), s->T, &from, &to);
+        query_range(mask, i * most, min64(most, s->Tk - i * most), s->T, &from, &to);
         work += to - from;
     }
     work *= s->B * s->KV;
-    Parts p = {each * s->B * s->KV, 0, 0, 0, (int64_t)tile_keys(mask) * (s->D + s->Dv)};
+    Parts p = {each * s->B * s->KV, 0, 0, 0, (int64_t)tile_keys(most, mask) * (s->D + s->Dv)};
     p.queries = max64((PART_ROWS + G - 1) / G, work / (PARTS_PER_PROCESSOR * (int64_t)gpu.multiProcessorCount) + 1);
     p.items = p.tiles + work / p.queries;       // a tile of L queries has at most 1 + L / queries parts
     p.slots = 2 * (work / p.queries);           // and one with several, fewer than 2·L / queries
@@ -1997,13 +2128,17 @@ static Parts attention_parts_of(const Mask *mask, const AttentionShape *s) {
 
 // `partial`: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each), then these parts.
 static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1), 32); }
+static int64_t parts_numbers(int most, const Mask *mask, const AttentionShape *s) {
+    const Parts p = attention_parts_of(most, mask, s);
+    return parts_header(&p) + p.slots * p.slot_size;
+}
 // One block: each thread counts the parts of a stretch of tiles, then writes where they start.
-__global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t queries, Mask mask, AttentionShape s, Takers takers) {
+__global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t queries, int most, Mask mask, AttentionShape s, Takers takers) {
     __shared__ int items[PART_THREADS], slots[PART_THREADS];
     const int64_t each = (tiles + PART_THREADS - 1) / PART_THREADS, first = min64(threadIdx.x * each, tiles), last = min64(first + each, tiles);
     int item = 0, kept = 0;
     for (int64_t i = first; i < last; i++) {
-        const KeyTile x = key_tile_at(i, &mask, &s, &takers);
+        const KeyTile x = key_tile_at(i, most, &mask, &s, &takers);
         const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
         item += parts;
         kept += parts > 1 ? parts : 0;
@@ -2014,7 +2149,7 @@ __global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t 
     item = kept = 0;
     for (int i = 0; i < (int)threadIdx.x; i++) item += items[i], kept += slots[i];
     for (int64_t i = first; i < last; i++) {
-        const KeyTile x = key_tile_at(i, &mask, &s, &takers);
+        const KeyTile x = key_tile_at(i, most, &mask, &s, &takers);
         const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
         start[i] = item;
         slot[i] = kept;
@@ -2022,6 +2157,17 @@ __global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t 
         kept += parts > 1 ? parts : 0;
     }
     if (last == tiles) start[tiles] = item, slot[tiles] = kept;     // several threads may stand at the end: they agree
+}
+
+// The tile whose part this block takes: the last one that starts at it or before.
+__device__ static inline int64_t tile_of_part(const int *start, int64_t tiles) {
+    int64_t tile = 0;
+    for (int64_t end = tiles; end - tile > 1;) {
+        const int64_t middle = (tile + end) / 2;
+        if (start[middle] <= (int)blockIdx.x) tile = middle;
+        else end = middle;
+    }
+    return tile;
 }
 
 // A block's shared memory: keys and values, then two stages of rows, each of q, dout and three numbers; tokens and heads of four stages.
@@ -2046,13 +2192,8 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
     constexpr int STEP = D == 64 ? 32 : 16, STAGE = ROWS * (D + DV);
     extern __shared__ uint4 fast_shared[];
     if ((int)blockIdx.x >= start[tiles]) return;
-    int64_t tile = 0;       // the last one that starts at this block or before it
-    for (int64_t end = tiles; end - tile > 1;) {
-        const int64_t middle = (tile + end) / 2;
-        if (start[middle] <= (int)blockIdx.x) tile = middle;
-        else end = middle;
-    }
-    const KeyTile x = key_tile_at(tile, &mask, &s, &takers);
+    const int64_t tile = tile_of_part(start, tiles);
+    const KeyTile x = key_tile_at(tile, RANGE_KEYS, &mask, &s, &takers);
     const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
     const int64_t from = x.from + (x.to - x.from) * part / parts, to = x.from + (x.to - x.from) * (part + 1) / parts;
     const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS;
@@ -2180,10 +2321,10 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
 }
 
 // dk, dv of the tiles that were cut: their parts in order. Four blocks a tile, a thread 8 numbers.
-__global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *partial, const int *slot, Mask mask, AttentionShape s, Takers takers) {
-    const int first = slot[blockIdx.x], last = slot[blockIdx.x + 1], wide = s.D + s.Dv, keys = tile_keys(&mask);
+__global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *partial, const int *slot, int most, Mask mask, AttentionShape s, Takers takers) {
+    const int first = slot[blockIdx.x], last = slot[blockIdx.x + 1], wide = s.D + s.Dv, keys = tile_keys(most, &mask);
     if (first == last) return;
-    const KeyTile x = key_tile_at(blockIdx.x, &mask, &s, &takers);
+    const KeyTile x = key_tile_at(blockIdx.x, most, &mask, &s, &takers);
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < x.count * (wide / 8); i += gridDim.y * blockDim.x) {
         const int row = i / (wide / 8), c = i % (wide / 8) * 8;
         const int64_t token = x.b * s.Tk + x.k0 + row;
@@ -2255,10 +2396,16 @@ __global__ void takers_start_kernel(Takers takers, int64_t group_items) {
     if (threadIdx.x == PART_THREADS - 1) start[takers.blocks] = sum;
 }
 
+static int64_t takers_scratch(const AttentionShape *s, const Mask *mask) {
+    return mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
+}
 static int64_t fast_attention_partial(const AttentionShape *s, const Mask *mask) {
-    const Parts p = attention_parts_of(mask, s);
-    const int64_t lists = mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
-    return max64(lists, parts_header(&p) + p.slots * p.slot_size);      // the lists are made before the parts are
+    return max64(takers_scratch(s, mask), parts_numbers(RANGE_KEYS, mask, s));      // the lists are made before the parts are
+}
+
+static Takers takers_or_none(const Takers *takers) {
+    const Takers none = {NULL, NULL, NULL, 0};
+    return takers ? *takers : none;
 }
 
 static void fast_takers(const Takers *takers, const int *block_idx, int64_t n, const AttentionShape *s, int *seen) {
@@ -2278,18 +2425,18 @@ static void fast_takers(const Takers *takers, const int *block_idx, int64_t n, c
 template <int D, int DV, int ROWS>
 static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const float *delta, const float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
                          const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
-    const Parts p = attention_parts_of(mask, s);
-    const Takers none = {NULL, NULL, NULL, 0};
+    const Parts p = attention_parts_of(RANGE_KEYS, mask, s);
     int *start = (int *)partial, *slot = start + p.tiles + 1;
-    const int keys = tile_keys(mask);
+    const int keys = tile_keys(RANGE_KEYS, mask);
     const int64_t bytes = dkv_bytes<D, DV, ROWS>(keys);
-    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, *mask, *s, takers ? *takers : none);
+    const Takers lists = takers_or_none(takers);
+    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, RANGE_KEYS, *mask, *s, lists);
     LAUNCHED();
     allow_shared(fast_dkv_kernel<D, DV, ROWS>, bytes, FAST_NAME, FAST_FIX);
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
-        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, takers ? *takers : none, partial + parts_header(&p), start, slot, p.tiles);
+        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, lists, partial + parts_header(&p), start, slot, p.tiles);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, *mask, *s, takers ? *takers : none);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, RANGE_KEYS, *mask, *s, lists);
     LAUNCHED();
 }
 
@@ -2310,6 +2457,993 @@ static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16
     else if (s->D == 128 && dkv_fits<128, 128, 64>()) backward_of_shape<128, 128, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     else if (s->D == 128) backward_of_shape<128, 128, 32>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     else backward_of_shape<192, 128, 32>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+}
+
+// ----------------------------------------------------------------------------
+// The same on Hopper, where the keys of a query are a range: wgmma instead of mma.sync, which reaches 3/4 of the matrix units there at best.
+// A block is a warpgroup that copies and two or three that compute, 64 rows each: tiles come by the copy engine into rings of buffers, `full` and `empty`
+// barriers pass them to and fro, and while one warpgroup is at its exponentials the others keep the matrix units busy (FlashAttention-3, Shah et al. 2024).
+//
+// A tile of rows is whole tokens with all heads of a group: a box (64 channels, G heads, tokens) of q as it lies in memory. Where G does not
+// divide the tile's rows, the last ones stay empty.
+
+#if defined __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER_CODE 1
+#else
+#define HOPPER_CODE 0       // another architecture is compiled: these kernels are empty there
+#endif
+
+enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
+struct alignas(1024) SharedKilobyte { unsigned char bytes[1024]; };     // what a swizzled tile must be aligned to
+
+// Whether this program was compiled for this GPU's wgmma.
+__global__ void hopper_code_kernel(int *there) { *there = HOPPER_CODE; }
+static int hopper_code(void) {
+    static int there = -1;
+    if (there >= 0) return there;
+    int *on_device = (int *)device_malloc(sizeof there);
+    if (gpu.major == 9 && gpu.minor == 0) hopper_code_kernel<<<1, 1>>>(on_device);
+    LAUNCHED();
+    to_host(&there, on_device, sizeof there);
+    CUDA(cudaFree(on_device));
+    return there;
+}
+
+// 1 if this tier takes the shape, which fast_attention has let pass. Selection is here for backward alone, where blocks fill the 64 rows of wgmma
+// and a group of heads is enough for a box of its own.
+static int hopper_attention(const AttentionShape *s, const Mask *mask) {
+    const int64_t G = s->H / s->KV;
+    if (mask->kind == MASK_SELECTED && (mask->sel_block <= SLAB_ROWS / 2 || G < 4)) return 0;
+    return s->D == s->Dv && (s->D == 64 || s->D == 128) && G <= SLAB_ROWS && hopper_code();
+}
+
+// A tensor (B,T,heads,width) whose tokens lie `row` numbers apart, to be read in boxes of PANEL channels, `box_heads` and `box_tokens`.
+static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64_t T, int64_t B, int64_t row, int64_t box_heads, int64_t box_tokens) {
+    static decltype(&cuTensorMapEncodeTiled) encode;
+    if (!encode) {
+        void *entry = NULL;
+        #if defined CUDA_ON_CPU || CUDART_VERSION >= 12050
+        CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, NULL));
+        #else
+        CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault));
+        #endif
+        if (!entry) die(1, "the GPU's driver knows no tensor maps: it must be of CUDA 12 or later");
+        memcpy(&encode, &entry, sizeof encode);
+    }
+    CUtensorMap map;
+    const cuuint64_t sizes[] = {(cuuint64_t)width, (cuuint64_t)heads, (cuuint64_t)T, (cuuint64_t)B}, strides[] = {(cuuint64_t)width * 2, (cuuint64_t)row * 2, (cuuint64_t)(T * row) * 2};
+    const cuuint32_t box[] = {PANEL, (cuuint32_t)box_heads, (cuuint32_t)box_tokens, 1}, steps[] = {1, 1, 1, 1};
+    const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) die(1, "internal error: tensor map of (%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "): CUDA error %d", B, T, heads, width, (int)status);
+    return map;
+}
+static int64_t slab_tokens(const AttentionShape *s, int64_t rows) { return rows / (s->H / s->KV); }
+static CUtensorMap query_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int64_t rows) {
+    return tensor_map(x, width, s->H, s->T, s->B, row, s->H / s->KV, slab_tokens(s, rows));
+}
+static CUtensorMap key_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int64_t keys) {
+    return tensor_map(x, width, s->KV, s->Tk, s->B, row, 1, keys);
+}
+
+// A tile (rows, W) in shared memory is its panels one behind the other. Brings a box of each from (b, token, head).
+template <int W>
+__device__ static inline void copy_tile(bf16 *tile, int rows, const CUtensorMap *map, int b, int token, int head, uint64_t *full) {
+    #pragma unroll
+    for (int panel = 0; panel < W / PANEL; panel++) copy_box(tile + panel * rows * PANEL, map, panel * PANEL, head, token, b, full);
+}
+__device__ static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
+
+// A factor of wgmma: from this place of a tile on. Groups of 8 rows follow each other, a panel follows `rows` rows.
+__device__ static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
+    return (uint64_t)(shared_address(at) >> 4) | (uint64_t)(rows * PANEL * 2 >> 4) << 16 | (uint64_t)(8 * PANEL * 2 >> 4) << 32 | (uint64_t)1 << 62;
+}
+// d (64,N) = left (64,W), of a tile of left_rows, · (N rows of another)ᵀ
+template <int W, int N>
+__device__ static inline void slab_times_turned(float (*d)[4], const bf16 *left, int left_rows, const bf16 *tile, int rows) {
+    #pragma unroll
+    for (int step = 0; step < W / 16; step++) {
+        const int panel = step / 4, inside = step % 4 * 16;
+        wgmma<N>(d, swizzled_matrix(left + panel * left_rows * PANEL + inside, left_rows), swizzled_matrix(tile + panel * rows * PANEL + inside, rows), step > 0);
+    }
+}
+// d (64,W) += left (64,ROWS) · (the tile (ROWS,W))
+template <int W, int ROWS>
+__device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*left)[4], const bf16 *tile) {
+    #pragma unroll
+    for (int step = 0; step < ROWS / 16; step++) wgmma<W, 1>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS), 1);
+}
+
+// Where one stands in a ring of N buffers, and the parity of the round.
+template <int N>
+struct Ring {
+    int at = 0, parity = 0;
+    __device__ void next() {
+        if (++at == N) at = 0, parity ^= 1;
+    }
+};
+
+// The `round`-th tile of rows of this block, tokens t0 .. t0 + tokens - 1 of (b, kv), and the `steps` tiles of keys from k0 on that they see.
+// Late tokens come first, and blocks take their tiles to and fro, so that all have as much to do.
+typedef struct RowTile { int b, kv, t0, k0, steps; } RowTile;
+template <int ROWS, int KEYS>
+__device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, const AttentionShape *s) {
+    const int blocks = gridDim.x, bkv = (int)s->B * s->KV, tokens = ROWS / (s->H / s->KV), tiles = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = (int64_t)round * blocks + (round % 2 ? blocks - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    if (item >= (int64_t)tiles * bkv) return 0;
+    int64_t lo, hi, unused;
+    x->b = (int)(item % bkv) / s->KV;
+    x->kv = (int)(item % bkv) % s->KV;
+    x->t0 = (tiles - 1 - (int)(item / bkv)) * tokens;
+    key_range(mask, x->t0, &lo, &unused);
+    key_range(mask, min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
+    x->k0 = (int)lo;
+    x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
+    return 1;
+}
+
+// The 16 rows of this warp, which is one of the warpgroup `slab` among those that compute.
+template <int ROWS>
+__device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const AttentionShape *s) {
+    const int G = s->H / s->KV, tokens = min32((int)s->T - x->t0, ROWS / G);
+    const FastRows rows = {x->b, x->kv, x->t0 * G + slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, (x->t0 + tokens) * G - 1};
+    return rows;
+}
+
+// Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
+template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
+template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
+enum { MERGE_REGISTERS = 40, MERGED_REGISTERS = 232 };      // where the warps that copy have lists to merge
+
+// The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
+template <int DV>
+__device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
+                                         const FastRows *rows, const AttentionShape *s) {
+    const int first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    float inverse[2];
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float total = quad_sum(sum[i]);
+        inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
+        const int row = rows->first + lane() / 4 + i * 8;
+        if (lane() % 4 == 0 && row <= rows->last) lse[place_of_row(rows, row, s)] = total == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(total);
+    }
+    threads_sync(sync, WARPGROUP);
+    #pragma unroll
+    for (int n = 0; n < DV / 8; n++)
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+            *(unsigned *)(panel_chunk(tile, tile_rows, first + lane() / 4 + i * 8, n) + lane() % 4 * 2) = two_bf16(o[n][i * 2] * inverse[i], o[n][i * 2 + 1] * inverse[i]);
+    __syncwarp();
+    for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
+        const int row = i / (DV / 8), chunk = i % (DV / 8);
+        if (rows->first + row <= rows->last)
+            *(uint4 *)(out + place_of_row(rows, rows->first + row, s) * DV + chunk * 8) = *(const uint4 *)panel_chunk(tile, tile_rows, first + row, chunk);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Forward on Hopper. The scores of the next tile of keys are on their way while the exponentials of this one are made; warpgroups take turns at
+// issuing their products, so that one makes exponentials while another multiplies.
+
+template <int D, int DV>
+struct HopperForward {
+    enum { SLABS = D == 64 ? 3 : 2, ROWS = SLABS * SLAB_ROWS, KEYS = 128, STAGES = D == 64 ? 4 : 2, TILES = 2, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES };
+};
+
+template <int D, int DV>
+__global__ void __launch_bounds__(HopperForward<D, DV>::THREADS, 1)
+hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                      Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    typedef HopperForward<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES, TILES = Plan::TILES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
+    uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + TILES;
+    uint64_t *k_full = q_empty + TILES, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
+    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
+        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(v_full + i, 1), barrier_init(k_empty + i, SLABS * 4), barrier_init(v_empty + i, SLABS * 4);
+        barriers_ready();
+    }
+    __syncthreads();
+    RowTile x;
+    Ring<TILES> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+
+    if (group == 0) {
+        registers_fewer<copy_registers<SLABS>>();
+        if (threadIdx.x > 0) return;
+        for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+            barrier_wait(q_empty + q_ring.at, q_ring.parity ^ 1);
+            barrier_expect(q_full + q_ring.at, ROWS / G * G * D * 2);
+            copy_tile<D>(q_tiles + q_ring.at * ROWS * D, ROWS, &q_map, x.b, x.t0, x.kv * G, q_full + q_ring.at);
+            q_ring.next();
+            for (int i = 0; i < x.steps; i++) {
+                barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
+                barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
+                k_ring.next();
+                barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
+                barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
+                copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
+                v_ring.next();
+            }
+        }
+        return;
+    }
+
+    registers_more<compute_registers<SLABS>>();
+    const int slab = group - 1, own_sync = SLABS + 1 + slab;       // named barriers: 1 .. SLABS are the turns, then each warpgroup's own
+    const float scale2 = LOG2E / sqrtf((float)D);
+    const auto take_turn = [&] { threads_sync(1 + slab, 2 * WARPGROUP); };
+    const auto pass_turn = [&] { threads_arrive(1 + (slab + 1) % SLABS, 2 * WARPGROUP); };
+    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
+    if (slab == SLABS - 1) pass_turn();
+
+    for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+        const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
+        const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
+        bf16 *q_tile = q_tiles + q_ring.at * ROWS * D;
+        float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+        unsigned weights[KEYS / 16][4];
+
+        const auto issue_scores = [&] {
+            barrier_wait(k_full + k_ring.at, k_ring.parity);
+            take_turn();
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, q_tile + slab * SLAB_ROWS * PANEL, ROWS, key_tiles + k_ring.at * KEYS * D, KEYS);
+            wgmma_commit();
+        };
+        const auto issue_values = [&] {
+            barrier_wait(v_full + v_ring.at, v_ring.parity);
+            wgmma_begin();
+            factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
+            wgmma_commit();
+        };
+        const auto exponentials = [&](int k0) {
+            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
+                        if (key < seen.lo[e / 2] || key >= seen.hi[e / 2]) p[n][e] = -INFINITY;
+                    }
+            }
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float higher = top[i];
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+                higher = quad_max(higher);
+                const float shift = higher == -INFINITY ? 0 : higher * scale2;
+                shrink[i] = power_of_2(top[i] * scale2 - shift);
+                float more_sum = 0;
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = i * 2; e < i * 2 + 2; e++) {
+                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                        more_sum += p[n][e];
+                    }
+                sum[i] = sum[i] * shrink[i] + more_sum;
+                top[i] = higher;
+            }
+        };
+        const auto as_weights = [&] {
+            #pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
+        };
+
+        barrier_wait(q_full + q_ring.at, q_ring.parity);
+        if (x.steps > 0) {
+            issue_scores();
+            pass_turn();
+            wgmma_wait<0>();
+            wgmma_done<KEYS>(p);
+            let_go(k_empty + k_ring.at);
+            k_ring.next();
+            exponentials(x.k0);
+            as_weights();
+            for (int i = 1; i < x.steps; i++) {
+                issue_scores();
+                issue_values();
+                pass_turn();
+                wgmma_wait<1>();
+                wgmma_done<KEYS>(p);
+                let_go(k_empty + k_ring.at);
+                k_ring.next();
+                exponentials(x.k0 + i * KEYS);
+                wgmma_wait<0>();
+                wgmma_done<DV>(o);
+                let_go(v_empty + v_ring.at);
+                v_ring.next();
+                #pragma unroll
+                for (int n = 0; n < DV / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+                as_weights();
+            }
+            issue_values();
+            wgmma_wait<0>();
+            wgmma_done<DV>(o);
+            let_go(v_empty + v_ring.at);
+            v_ring.next();
+        }
+
+        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s);
+        shared_written();
+        __syncwarp();
+        let_go(q_empty + q_ring.at);
+        q_ring.next();
+    }
+    if (slab == 0) take_turn();     // the turn that nobody needs any more
+    #endif
+}
+
+template <int ROWS>
+static unsigned row_blocks(const AttentionShape *s) {
+    const int64_t tokens = slab_tokens(s, ROWS);
+    return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
+}
+
+template <int D, int DV>
+static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    typedef HopperForward<D, DV> Plan;
+    const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS);
+    // without keys none is read, but a map must be of something
+    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Plan::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Plan::KEYS) : q_map;
+    allow_shared(hopper_forward_kernel<D, DV>, bytes, FAST_NAME, FAST_FIX);
+    hopper_forward_kernel<D, DV><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, q_map, k_map, v_map, *mask, *s);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
+// gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
+// multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
+
+// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
+// L2 cache.
+template <int SLABS>
+__device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
+    const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
+    if (item >= s->B * s->KV * groups) return 0;
+    x->b = (int)(item / groups) / s->KV;
+    x->kv = (int)(item / groups) % s->KV;
+    x->t0 = (int)(item % groups) * tokens;
+    return 1;
+}
+
+// The lists of the queries, merged: each lane has one, and where it stands in it. Returns the next block and, a bit a lane, who chose it; -1 at the end.
+struct BlockMerge {
+    const int *idx;
+    int n, i, head, after;
+    __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
+    __device__ void begin(const RowTile *x, const Mask *mask, const AttentionShape *s) {
+        const int t = x->t0 + lane(), there = lane() < SLAB_ROWS / (s->H / s->KV) && t < (int)s->T;
+        idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
+        n = there ? mask->n : 0;
+        i = 1;
+        head = at(0);
+        after = at(1);
+    }
+    __device__ int next(unsigned *choosers) {
+        const int block = __reduce_min_sync(~0u, head);
+        *choosers = __ballot_sync(~0u, head == block);
+        if (head == block) {
+            head = after;
+            after = head == INT_MAX ? INT_MAX : at(++i);
+        }
+        return block == INT_MAX ? -1 : block;
+    }
+};
+struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
+
+template <int D, int DV>
+struct HopperSelected {
+    enum { SLABS = 2, KEYS = SLAB_ROWS, STAGES = D == 64 ? 6 : 3, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { SLAB_BYTES = (SLAB_ROWS * D + STAGES * KEYS * (D + DV)) * 2, SLAB_BARRIERS = 2 + 4 * STAGES };
+    enum { BYTES = SLABS * (SLAB_BYTES + SLAB_BARRIERS * 8 + STAGES * (int)sizeof(Chosen)) };
+};
+
+template <int D, int DV>
+__global__ void __launch_bounds__(HopperSelected<D, DV>::THREADS, 1)
+hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    typedef HopperSelected<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const int slab = group ? group - 1 : threadIdx.x / WARP;        // whom a warp that copies does it for
+    bf16 *q_tile = (bf16 *)((unsigned char *)hopper_shared + slab * Plan::SLAB_BYTES), *key_tiles = q_tile + SLAB_ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
+    uint64_t *q_full = (uint64_t *)((unsigned char *)hopper_shared + SLABS * Plan::SLAB_BYTES) + slab * Plan::SLAB_BARRIERS, *q_empty = q_full + 1;
+    uint64_t *k_full = q_empty + 1, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
+    Chosen *chosen = (Chosen *)((unsigned char *)hopper_shared + SLABS * (Plan::SLAB_BYTES + Plan::SLAB_BARRIERS * 8)) + slab * STAGES;
+    if (group == 0 && slab < SLABS && lane() == 0) {
+        barrier_init(q_full, 1), barrier_init(q_empty, 4);
+        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4), barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
+        barriers_ready();
+    }
+    __syncthreads();
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+
+    if (group == 0) {
+        registers_fewer<MERGE_REGISTERS>();
+        if (slab >= SLABS) return;
+        for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+            barrier_wait(q_empty, q_ring.parity ^ 1);
+            if (lane() == 0) {
+                barrier_expect(q_full, tokens * G * D * 2);
+                copy_tile<D>(q_tile, SLAB_ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
+            }
+            q_ring.next();
+            BlockMerge merge;
+            merge.begin(&x, &mask, &s);
+            for (int more = 1; more;) {
+                Chosen next;
+                next.block = merge.next(&next.choosers);
+                more = next.block >= 0;
+                barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
+                if (lane() == 0) {
+                    chosen[k_ring.at] = next;
+                    if (more) barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                    else barrier_arrive(k_full + k_ring.at);
+                    if (more) copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                }
+                k_ring.next();
+                if (!more) continue;
+                barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
+                if (lane() == 0) {
+                    barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                }
+                v_ring.next();
+            }
+        }
+        return;
+    }
+
+    registers_more<MERGED_REGISTERS>();
+    const float scale2 = LOG2E / sqrtf((float)D);
+    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, query[2] = {(first + lane() / 4) / G, (first + lane() / 4 + 8) / G};
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+        const FastRows rows = {x.b, x.kv, x.t0 * G + first, min32(x.t0 + tokens, (int)s.T) * G - 1};
+        float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+        unsigned weights[KEYS / 16][4];
+        Chosen now;
+
+        const auto next_block = [&] {
+            barrier_wait(k_full + k_ring.at, k_ring.parity);
+            now.block = __shfl_sync(~0u, chosen[k_ring.at].block, 0);       // so that the compiler sees: the same for the whole warp
+            now.choosers = __shfl_sync(~0u, chosen[k_ring.at].choosers, 0);
+            return now.block >= 0;
+        };
+        const auto issue_scores = [&] {
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, q_tile, SLAB_ROWS, key_tiles + k_ring.at * KEYS * D, KEYS);
+            wgmma_commit();
+        };
+        const auto issue_values = [&] {
+            barrier_wait(v_full + v_ring.at, v_ring.parity);
+            wgmma_begin();
+            factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
+            wgmma_commit();
+        };
+        const auto exponentials = [&] {
+            const int k0 = now.block * KEYS;
+            if (k0 + KEYS - 1 > x.t0) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = -INFINITY;
+            }
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int member = query[i] < WARP && (now.choosers >> query[i] & 1);
+                float higher = top[i];
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+                higher = quad_max(higher);
+                const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
+                shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
+                if (member) top[i] = higher;
+                float more_sum = 0;
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = i * 2; e < i * 2 + 2; e++) {
+                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                        more_sum += p[n][e];
+                    }
+                sum[i] = sum[i] * shrink[i] + more_sum;
+            }
+        };
+        const auto as_weights = [&] {
+            #pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
+        };
+
+        barrier_wait(q_full, q_ring.parity);
+        q_ring.next();
+        next_block();       // every query has one
+        issue_scores();
+        wgmma_wait<0>();
+        wgmma_done<KEYS>(p);
+        let_go(k_empty + k_ring.at);
+        k_ring.next();
+        exponentials();
+        as_weights();
+        while (next_block()) {
+            issue_scores();
+            issue_values();
+            wgmma_wait<1>();
+            wgmma_done<KEYS>(p);
+            let_go(k_empty + k_ring.at);
+            k_ring.next();
+            exponentials();
+            wgmma_wait<0>();
+            wgmma_done<DV>(o);
+            let_go(v_empty + v_ring.at);
+            v_ring.next();
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+            as_weights();
+        }
+        let_go(k_empty + k_ring.at);
+        k_ring.next();
+        issue_values();
+        wgmma_wait<0>();
+        wgmma_done<DV>(o);
+        let_go(v_empty + v_ring.at);
+        v_ring.next();
+        store_rows<DV>(out, lse, o, top, sum, q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        shared_written();
+        __syncwarp();
+        let_go(q_empty);
+    }
+    #endif
+}
+
+template <int SLABS>
+static unsigned query_group_blocks(const AttentionShape *s) {
+    const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
+    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
+}
+
+template <int D, int DV>
+static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    typedef HopperSelected<D, DV> Plan;
+    allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
+    LAUNCHED();
+}
+
+// Whether neighbouring queries share the blocks that they take: blocks must be tiles.
+static int shares_blocks(const Mask *mask) { return mask->sel_block == SLAB_ROWS; }
+
+static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    if (mask->kind == MASK_SELECTED && !shares_blocks(mask)) fast_attention_forward(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
+    else if (s->D == 64) hopper_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
+    else hopper_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
+}
+
+// ----------------------------------------------------------------------------
+// Backward on Hopper. First, for each row (query, head): x = lse·log2(e) - log2(gate), so that 2^(score·log2(e) - x) = gate·P, and y = <dout, out>. With these
+// dV = (gate·P)ᵀ·dout and dS = gate·P∘(dout·Vᵀ - y): no gate any more. A row without keys has x = infinity, which makes all of it 0.
+
+typedef float2 RowStats;
+
+template <int DV>
+__global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, int64_t rows) {
+    constexpr int LANES = DV / 8;       // to a row, 16 bytes each
+    const int64_t at = global_thread() / LANES, row = min64(at, rows - 1);
+    const Pack<bf16, 8> a = load<8>(dout + row * DV + lane() % LANES * 8), b = load<8>(out + row * DV + lane() % LANES * 8);
+    float y = 0;
+    for (int i = 0; i < 8; i++) y += (float)a.of[i] * (float)b.of[i];
+    for (int step = LANES / 2; step > 0; step /= 2) y += __shfl_xor_sync(~0u, y, step);
+    if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
+}
+
+// dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
+// spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
+template <int D, int DV>
+struct HopperDq {
+    enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, KEYS = D == 64 ? 128 : 64, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { BYTES = (ROWS + STAGES * KEYS) * (D + DV) * 2, BARRIERS = 2 + 2 * STAGES };
+};
+
+template <int D, int DV>
+__global__ void __launch_bounds__(HopperDq<D, DV>::THREADS, 1)
+hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                 const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    typedef HopperDq<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    bf16 *q_tile = (bf16 *)hopper_shared, *dout_tile = q_tile + ROWS * D, *key_tiles = dout_tile + ROWS * DV, *value_tiles = key_tiles + STAGES * KEYS * D;
+    uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + 1, *full = q_empty + 1, *empty = full + STAGES;
+    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV;
+    if (threadIdx.x == 0) {
+        barrier_init(q_full, 1), barrier_init(q_empty, SLABS * 4);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, SLABS * 4);
+        barriers_ready();
+    }
+    __syncthreads();
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<STAGES> ring;
+
+    if (group == 0) {
+        registers_fewer<copy_registers<SLABS>>();
+        if (threadIdx.x > 0) return;
+        for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+            barrier_wait(q_empty, q_ring.parity ^ 1);
+            barrier_expect(q_full, ROWS / G * G * (D + DV) * 2);
+            copy_tile<D>(q_tile, ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
+            copy_tile<DV>(dout_tile, ROWS, &dout_map, x.b, x.t0, x.kv * G, q_full);
+            q_ring.next();
+            for (int i = 0; i < x.steps; i++, ring.next()) {
+                barrier_wait(empty + ring.at, ring.parity ^ 1);
+                barrier_expect(full + ring.at, KEYS * (D + DV) * 2);
+                copy_tile<D>(key_tiles + ring.at * KEYS * D, KEYS, &k_map, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
+                copy_tile<DV>(value_tiles + ring.at * KEYS * DV, KEYS, &v_map, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
+            }
+        }
+        return;
+    }
+
+    registers_more<compute_registers<SLABS>>();
+    const int slab = group - 1;
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+        const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
+        const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
+        unsigned slopes[KEYS / 16][4];
+        float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
+        RowStats of_row[2];
+        #pragma unroll
+        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
+        barrier_wait(q_full, q_ring.parity);
+        int last = 0;       // the stage before this one
+        for (int i = 0; i < x.steps; i++, ring.next()) {
+            const bf16 *key_tile = key_tiles + ring.at * KEYS * D, *value_tile = value_tiles + ring.at * KEYS * DV;
+            barrier_wait(full + ring.at, ring.parity);
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, q_tile + slab * SLAB_ROWS * PANEL, ROWS, key_tile, KEYS);
+            wgmma_commit();
+            slab_times_turned<DV, KEYS>(dp, dout_tile + slab * SLAB_ROWS * PANEL, ROWS, value_tile, KEYS);
+            wgmma_commit();
+            wgmma_wait<1>();        // the scores, and before them the last tile's sum
+            wgmma_done<KEYS>(p);
+            if (i > 0 && lane() == 0) barrier_arrive(empty + last);
+            last = ring.at;
+            const int k0 = x.k0 + i * KEYS, masked = k0 < seen.all_lo || k0 + KEYS > seen.all_hi;
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - of_row[e / 2].x);
+            if (masked) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
+                        if (key < seen.lo[e / 2] || key >= seen.hi[e / 2]) p[n][e] = 0;
+                    }
+            }
+            wgmma_wait<0>();
+            wgmma_done<KEYS>(dp);
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) dp[n][e] = p[n][e] * (dp[n][e] - of_row[e / 2].y);
+            #pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(slopes[n], dp + 2 * n);
+            wgmma_begin();
+            factor_times_rows<D, KEYS>(sum, slopes, key_tile);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        wgmma_done<D>(sum);
+        if (x.steps > 0 && lane() == 0) barrier_arrive(empty + last);
+        if (lane() == 0) barrier_arrive(q_empty);
+        q_ring.next();
+
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = rows.first + lane() / 4 + i * 8;
+            if (row > rows.last) continue;
+            float2 *to = (float2 *)(dq + place_of_row(&rows, row, &s) * D + lane() % 4 * 2);
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
+                to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
+            }
+        }
+    }
+    #endif
+}
+
+// dk, dv, as fast_dkv_kernel: a block owns a tile of keys, or a part of its queue of queries, and scores are turned, (keys, rows). Where keys are a range
+// each of two warpgroups has 64 of them. With selection (LISTED) both have the same 64 and take turns at the stages of the queue, whose queries come
+// one by one, as the list of takers names them; one adds up both sums.
+template <int D, int DV, int LISTED>
+struct HopperDkv {
+    static constexpr int SLABS = 2, KEYS = LISTED ? SLAB_ROWS : HOPPER_KEYS, ROWS = 64, STAGES = D == 64 ? 6 : 4, USERS = LISTED ? 1 : SLABS, THREADS = (SLABS + 1) * WARPGROUP;
+    enum { BYTES = (KEYS + STAGES * ROWS) * (D + DV) * 2, BARRIERS = 1 + 2 * STAGES };
+};
+struct alignas(16) StageStats { RowStats of_row[64]; int token[64]; };      // of a stage's rows
+
+template <int D, int DV, int LISTED>
+__global__ void __launch_bounds__(HopperDkv<D, DV, LISTED>::THREADS, 1)
+hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                  const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s, Takers takers,
+                  float *partial, const int *start, const int *slot, int64_t tiles) {
+    #if HOPPER_CODE
+    typedef HopperDkv<D, DV, LISTED> Plan;
+    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    if ((int)blockIdx.x >= start[tiles]) return;
+    const int64_t tile = tile_of_part(start, tiles);
+    const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, &takers);
+    const int G = s.H / s.KV, tokens = ROWS / G, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
+    const int64_t from = x.from + (x.to - x.from) * part / parts;
+    const int queue = (int)(x.from + (x.to - x.from) * (part + 1) / parts - from), steps = (queue + tokens - 1) / tokens;
+    bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
+    StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
+    uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
+    const int group = threadIdx.x / WARPGROUP;
+    if (threadIdx.x == 0) {
+        barrier_init(keys_full, 1);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, WARP + 1), barrier_init(empty + i, Plan::USERS * 4);      // the copying warp writes the stats
+        barriers_ready();
+    }
+    // Rows that no box reaches are zero for good: they add nothing to any sum.
+    for (int i = threadIdx.x; i < STAGES * (ROWS - tokens * G) * (D + DV) / 8; i += blockDim.x) {
+        const int chunk = i % ((D + DV) / 8), row = i / ((D + DV) / 8) % (ROWS - tokens * G) + tokens * G, stage = i / ((D + DV) / 8) / (ROWS - tokens * G);
+        *(uint4 *)(chunk < D / 8 ? panel_chunk(q_tiles + stage * ROWS * D, ROWS, row, chunk) : panel_chunk(dout_tiles + stage * ROWS * DV, ROWS, row, chunk - D / 8)) = make_uint4(0, 0, 0, 0);
+    }
+    shared_written();
+    __syncthreads();
+    Ring<STAGES> ring;
+
+    if (group == 0) {
+        registers_fewer<copy_registers<SLABS>>();
+        if (threadIdx.x >= WARP) return;
+        if (steps > 0 && lane() == 0) {
+            barrier_expect(keys_full, KEYS * (D + DV) * 2);
+            copy_tile<D>(key_tile, KEYS, &k_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
+            copy_tile<DV>(value_tile, KEYS, &v_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
+        }
+        // The tokens of a stage's rows are fetched two stages ahead and their numbers one: they are there when the buffer is. Behind the end of
+        // the queue the last token comes again, with numbers that make nothing of it.
+        constexpr int EACH = ROWS / WARP;
+        int token[EACH], next_token[EACH];
+        RowStats next[EACH];
+        const auto token_at = [&](int place) { return LISTED ? takers.queries[from + min32(place, queue - 1)] : (int)from + place; };
+        const auto fetch_tokens = [&](int stage) {
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) next_token[i] = steps > 0 ? token_at(stage * tokens + (i * WARP + lane()) / G) : 0;
+        };
+        const auto fetch_stats = [&](int stage) {
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int row = i * WARP + lane();
+                token[i] = next_token[i];
+                next[i] = row < tokens * G && stage * tokens + row / G < queue ? stats[(x.b * s.T + token[i]) * s.H + x.kv * G + row % G] : make_float2(INFINITY, 0);
+            }
+        };
+        fetch_tokens(0);
+        fetch_stats(0);
+        fetch_tokens(1);
+        for (int stage = 0; stage < steps; stage++, ring.next()) {
+            bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
+            barrier_wait(empty + ring.at, ring.parity ^ 1);
+            if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
+            __syncwarp();
+            if constexpr (LISTED) {     // a lane brings a query
+                #pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    const int row = i * WARP + lane();
+                    if (row % G || row >= tokens * G) continue;
+                    copy_tile<D>(q_tile + row * PANEL, ROWS, &q_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
+                    copy_tile<DV>(dout_tile + row * PANEL, ROWS, &dout_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
+                }
+            } else if (lane() == 0) {
+                copy_tile<D>(q_tile, ROWS, &q_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
+                copy_tile<DV>(dout_tile, ROWS, &dout_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
+            }
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                stage_stats[ring.at].of_row[i * WARP + lane()] = next[i];
+                stage_stats[ring.at].token[i * WARP + lane()] = token[i];
+            }
+            barrier_arrive(full + ring.at);
+            fetch_stats(stage + 1);
+            fetch_tokens(stage + 2);
+        }
+        return;
+    }
+
+    registers_more<compute_registers<SLABS>>();
+    const int slab = group - 1, mine = (LISTED ? 0 : slab * SLAB_ROWS) + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, own_keys = LISTED ? 0 : slab * SLAB_ROWS;
+    const int first_key = (int)x.k0 + mine + lane() / 4, count = (int)x.count;
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    float dks[D / 8][4] = {{0}}, dvs[DV / 8][4] = {{0}}, p[ROWS / 8][4], ds[ROWS / 8][4];
+    unsigned weights[ROWS / 16][4], slopes[ROWS / 16][4];
+    if (steps > 0) barrier_wait(keys_full, 0);
+    if (LISTED && slab == 1) ring.next();
+    for (int i = LISTED ? slab : 0; i < steps; i += LISTED ? SLABS : 1, ring.next()) {
+        const bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
+        const StageStats *of = stage_stats + ring.at;
+        barrier_wait(full + ring.at, ring.parity);
+        wgmma_begin();
+        slab_times_turned<D, ROWS>(p, key_tile + own_keys * PANEL, KEYS, q_tile, ROWS);
+        wgmma_commit();
+        slab_times_turned<DV, ROWS>(ds, value_tile + own_keys * PANEL, KEYS, dout_tile, ROWS);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_done<ROWS>(p);
+        // Queries ascend, keys too: the corners say whether everything between them is seen.
+        const int masked = !sees_key(&mask, of->token[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->token[ROWS - 1], (int)x.k0);
+        #pragma unroll
+        for (int n = 0; n < ROWS / 8; n++) {
+            const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
+            #pragma unroll
+            for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - (e % 2 ? two.z : two.x));
+            if (masked) {
+                #pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (!sees_key(&mask, of->token[n * 8 + lane() % 4 * 2 + e % 2], first_key + e / 2 * 8)) p[n][e] = 0;
+            }
+        }
+        wgmma_wait<0>();
+        wgmma_done<ROWS>(ds);
+        #pragma unroll
+        for (int n = 0; n < ROWS / 8; n++) {
+            const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
+            #pragma unroll
+            for (int e = 0; e < 4; e++) ds[n][e] = p[n][e] * (ds[n][e] - (e % 2 ? two.w : two.y));
+        }
+        #pragma unroll
+        for (int n = 0; n < ROWS / 16; n++) as_left_factor(weights[n], p + 2 * n), as_left_factor(slopes[n], ds + 2 * n);
+        wgmma_begin();
+        factor_times_rows<DV, ROWS>(dvs, weights, dout_tile);
+        factor_times_rows<D, ROWS>(dks, slopes, q_tile);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_done<DV>(dvs);
+        wgmma_done<D>(dks);
+        if (lane() == 0) barrier_arrive(empty + ring.at);
+        if (LISTED) ring.next();
+    }
+    if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
+        float4 *sums = (float4 *)q_tiles + threadIdx.x % WARPGROUP;
+        threads_sync(1 + SLABS, SLABS * WARPGROUP);
+        #pragma unroll
+        for (int n = 0; n < (D + DV) / 8 && slab == 1; n++) {
+            const float *of = n < D / 8 ? dks[n] : dvs[n - D / 8];
+            sums[n * WARPGROUP] = make_float4(of[0], of[1], of[2], of[3]);
+        }
+        threads_sync(1 + SLABS, SLABS * WARPGROUP);
+        if (slab == 1) return;
+        #pragma unroll
+        for (int n = 0; n < (D + DV) / 8; n++) {
+            const float4 more = sums[n * WARPGROUP];
+            float *to = n < D / 8 ? dks[n] : dvs[n - D / 8];
+            to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+        }
+    }
+
+    if (parts > 1) {        // (keys, D + DV) of this part
+        const int keys = tile_keys(KEYS, &mask);
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (mine + lane() / 4 + i * 8 >= keys) continue;
+            float *to_key = partial + ((slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++) *(float2 *)(to_key + D + n * 8) = make_float2(dvs[n][i * 2], dvs[n][i * 2 + 1]);
+        }
+        return;
+    }
+    // The keys and values have been read for the last time by all who read these: the results pass through their place.
+    threads_sync(1 + slab, WARPGROUP);
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = mine + lane() / 4 + i * 8;
+        #pragma unroll
+        for (int n = 0; n < D / 8; n++) *(unsigned *)(panel_chunk(key_tile, KEYS, row, n) + lane() % 4 * 2) = two_bf16(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
+        #pragma unroll
+        for (int n = 0; n < DV / 8; n++) *(unsigned *)(panel_chunk(value_tile, KEYS, row, n) + lane() % 4 * 2) = two_bf16(dvs[n][i * 2], dvs[n][i * 2 + 1]);
+    }
+    __syncwarp();
+    for (int i = lane(); i < MMA_ROWS * ((D + DV) / 8); i += WARP) {
+        const int row = mine + i / ((D + DV) / 8), chunk = i % ((D + DV) / 8);
+        if (row >= count) continue;
+        const int64_t token = x.b * s.Tk + x.k0 + row;
+        if (chunk < D / 8) *(uint4 *)(dk + token * s.k_row + x.kv * D + chunk * 8) = *(const uint4 *)panel_chunk(key_tile, KEYS, row, chunk);
+        else *(uint4 *)(dv + token * s.v_row + x.kv * DV + chunk * 8 - D) = *(const uint4 *)panel_chunk(value_tile, KEYS, row, chunk - D / 8);
+    }
+    #endif
+}
+
+// `partial`: the parts as for fast_dkv_kernel (before them the lists of takers are made there), then the stats.
+static int hopper_keys(const Mask *mask) { return mask->kind == MASK_SELECTED ? SLAB_ROWS : HOPPER_KEYS; }
+static int64_t hopper_parts(const AttentionShape *s, const Mask *mask) { return round_up(max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)), 32); }
+static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_parts(s, mask) + s->B * s->T * s->H * 2; }
+
+template <int D, int DV>
+static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                               const AttentionShape *s) {
+    typedef HopperDq<D, DV> Plan;
+    const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Plan::ROWS);
+    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Plan::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Plan::KEYS) : q_map;
+    allow_shared(hopper_dq_kernel<D, DV>, bytes, FAST_NAME, FAST_FIX);
+    hopper_dq_kernel<D, DV><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, stats, q_map, dout_map, k_map, v_map, *mask, *s);
+    LAUNCHED();
+}
+
+template <int D, int DV, int LISTED>
+static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                                const AttentionShape *s, const Takers *takers, float *partial) {
+    typedef HopperDkv<D, DV, LISTED> Plan;
+    const int64_t bytes = Plan::BYTES + Plan::STAGES * (int64_t)sizeof(StageStats) + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const int64_t box_rows = LISTED ? s->H / s->KV : Plan::ROWS;
+    const Parts p = attention_parts_of(Plan::KEYS, mask, s);
+    const Takers lists = takers_or_none(takers);
+    int *start = (int *)partial, *slot = start + p.tiles + 1;
+    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, Plan::KEYS, *mask, *s, lists);
+    LAUNCHED();
+    const CUtensorMap q_map = query_map(q, D, s->q_row, s, box_rows), dout_map = query_map(dout, DV, s->H * DV, s, box_rows);
+    const CUtensorMap k_map = key_map(k, D, s->k_row, s, Plan::KEYS), v_map = key_map(v, DV, s->v_row, s, Plan::KEYS);
+    allow_shared(hopper_dkv_kernel<D, DV, LISTED>, bytes, FAST_NAME, FAST_FIX);
+    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, lists,
+                                                                                        partial + parts_header(&p), start, slot, p.tiles);
+    LAUNCHED();
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, Plan::KEYS, *mask, *s, lists);
+    LAUNCHED();
+}
+
+template <int D, int DV>
+static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                                     const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    const int64_t rows = s->B * s->T * s->H;
+    RowStats *stats = (RowStats *)(partial + hopper_parts(s, mask));
+    hopper_stats_kernel<DV><<<grid(rows * (DV / 8), THREADS), THREADS>>>(stats, dout, gate, out, lse, rows);
+    LAUNCHED();
+    if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    if (s->Tk == 0) return;
+    if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
+    else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
+}
+
+// As fast_attention_backward.
+static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                                      const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
 }
 
 // ----------------------------------------------------------------------------
@@ -2432,10 +3566,14 @@ static int fast_model(const Config *c) {
     return is_bf16(c) && fast_attention(&s, &mask);
 }
 
+// Numbers of scratch that backward takes in bf16.
+static int64_t gpu_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_attention(s, mask) ? hopper_attention_partial(s, mask) : fast_attention_partial(s, mask); }
+
 template <typename F>
 static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
     if constexpr (std::is_same<F, bf16>::value)
-        if (fast_attention(s, mask)) return fast_attention_forward(out, lse, q, k, v, mask, s);
+        if (fast_attention(s, mask))
+            return hopper_attention(s, mask) ? hopper_attention_forward(out, lse, q, k, v, mask, s) : fast_attention_forward(out, lse, q, k, v, mask, s);
     simple_attention_forward(out, lse, q, k, v, mask, s);
 }
 
@@ -2443,7 +3581,9 @@ template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
     if constexpr (std::is_same<F, bf16>::value)
-        if (fast_attention(s, mask)) return fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+        if (fast_attention(s, mask))
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial)
+                                             : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
 
@@ -3034,7 +4174,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
             AttentionShape shape = attention_shape(c, B, T, 0);
             memset(&none, 0, sizeof none);
             const Mask mask = gpu_branch_mask(c, &none, &shape, l, b);
-            partial = max64(partial, fast_attention_partial(&shape, &mask));
+            partial = max64(partial, gpu_attention_partial(&shape, &mask));
         }
     }
     const int64_t nc = nsa ? compressed_seen(T - 1, c->cmp_block, c->cmp_stride) : 0;

@@ -3,9 +3,10 @@
 //
 //   version 1   simple_attention_forward and the others: f32, any shape, a warp a query and head
 //   version 2   fast_attention_forward and the others: bf16 with sums in f32, mma.sync, all heads of a group on one tile of keys
+//   version 3   hopper_attention_forward, _backward: wgmma and the copy engine (sm_90a alone)
 //
-//   make build/attention && build/attention [check 3 5]      version 2 against the CPU, on small and odd shapes (or those of some numbers)
-//   build/attention bench 65536 16 1 64 [version]            times on this GPU: T, heads, KV heads, D of q and k (192: D of v is 128)
+//   make build/attention && build/attention [check 3 5]      versions 2 and 3 against the CPU, on small and odd shapes (or those of some numbers)
+//   build/attention bench 65536 16 1 64 [version [batch]]    times on this GPU: T, heads, KV heads, D of q and k (192: D of v is 128)
 //   make build/attention_emulated && build/attention_emulated    the check without a GPU
 
 #define NSA_CU_NO_MAIN
@@ -94,7 +95,7 @@ static void free_takers(Takers *t) {
 }
 
 // ----------------------------------------------------------------------------
-// Check: version 2 against the CPU's f32 on the same numbers. What bf16 costs: P and dS are rounded to 8 bits before they are factors, and
+// Check: versions 2 and 3 against the CPU's f32 on the same numbers. What bf16 costs: P and dS are rounded to 8 bits before they are factors, and
 // so are out, dk and dv at the end and the out that delta is made of. One rounding is an error of 2^-9 at most and 1.1e-3 in norm, three of
 // them together 2e-3; delta's can weigh more, where dP and delta nearly cancel. 1e-2 is what no mistake of a mask or an index stays under.
 
@@ -103,6 +104,17 @@ static const double BF16_ERROR = 1e-2, F32_ERROR = 1e-4;
 typedef struct Case { int kind; int64_t B, T, Tk; int G, KV, D, Dv; int64_t window; int block, stride, sel_block, n; } Case;
 
 static const char *const kind_names[] = {"window", "compressed", "selected"};
+
+// Attention in bf16 by version 2 or 3.
+static void forward_by(int version, bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    if (version == 3) hopper_attention_forward(out, lse, q, k, v, mask, s);
+    else fast_attention_forward(out, lse, q, k, v, mask, s);
+}
+static void backward_by(int version, float *dq, int accumulate, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
+                        const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    else fast_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+}
 
 // Blocks that a query might choose: its own, then others at random; -1 behind the last.
 static int *random_blocks(const Case *x) {
@@ -174,11 +186,11 @@ static void check_case(const Case *x) {
     float *dq_dense = zeros(nd);
     for (int64_t i = 0; i < nd; i++) dq_dense[i] = dq[i / (H * s.D) * s.q_row + i % (H * s.D)];
 
-    // the GPU, twice
+    // the GPU
     bf16 *dq_in = device_bf16(q, nq), *dk_in = device_bf16(k, nk), *dv_in = device_bf16(v, nv), *ddout = device_bf16(dout, no);
-    float *dgate = device_f32(gate, rows * BRANCHES), *dlse[2], *ddq[2], *ddelta = (float *)device_filled(rows * 4);
-    bf16 *dout_of[2], *ddk[2], *ddv[2];
-    float *partial = (float *)device_filled(fast_attention_partial(&s, &mask) * 4);
+    float *dgate = device_f32(gate, rows * BRANCHES), *ddelta = (float *)device_filled(rows * 4);
+    const int64_t partials = max64(fast_attention_partial(&s, &mask), hopper_attention_partial(&s, &mask));
+    float *partial = (float *)device_filled(partials * 4);
     Takers takers = make_takers(&mask, &s);
     if (idx) {
         int *device_idx = (int *)device_malloc(s.B * s.T * s.KV * x->n * 4);
@@ -197,49 +209,53 @@ static void check_case(const Case *x) {
         for (int i = 0; i < 3; i++) free(a[i]), free(b[i]);
         free_takers(&other);
     }
-    for (int run = 0; run < 2; run++) {
-        dout_of[run] = (bf16 *)device_filled(no * 2);
-        dlse[run] = (float *)device_filled(rows * 4);
-        fast_attention_forward(dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s);
-        ddq[run] = (float *)device_filled(nd * 4);
-        if (run) CUDA(cudaMemcpy(ddq[1], ddq[0], (size_t)nd * 4, cudaMemcpyDeviceToDevice));       // and once more: twice the first
-        ddk[run] = (bf16 *)device_filled(nk * 2);
-        ddv[run] = (bf16 *)device_filled(nv * 2);
-        fast_attention_backward(ddq[run], run, ddk[run], ddv[run], ddout, dgate, dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s, ddelta, &takers, partial);
-    }
-    float *g_out[2], *g_lse[2], *g_dq[2], *g_dk[2], *g_dv[2];
-    for (int run = 0; run < 2; run++) {
-        g_out[run] = host_of_bf16(dout_of[run], no);
-        g_lse[run] = host_of_f32(dlse[run], rows);
-        g_dq[run] = host_of_f32(ddq[run], nd);
-        g_dk[run] = host_of_bf16(ddk[run], nk);
-        g_dv[run] = host_of_bf16(ddv[run], nv);
-    }
-    // Between the heads of a row nothing may be written: there the NaN stays.
-    int touched = 0;
-    for (int64_t i = 0; i < nk; i++)
-        if (i % s.k_row >= s.KV * s.D) touched += g_dk[0][i] == g_dk[0][i], g_dk[0][i] = g_dk[1][i] = 0;
-    for (int64_t i = 0; i < nv; i++)
-        if (i % s.v_row >= s.KV * s.Dv) touched += g_dv[0][i] == g_dv[0][i], g_dv[0][i] = g_dv[1][i] = 0;
-    check(touched == 0, "%s: %d numbers beside dk and dv are overwritten", name, touched);
+    for (int version = 2; version <= (hopper_attention(&s, &mask) ? 3 : 2); version++) {     // each twice
+        bf16 *dout_of[2], *ddk[2], *ddv[2];
+        float *dlse[2], *ddq[2];
+        CUDA(cudaMemset(partial, 0xff, (size_t)partials * 4));
+        for (int run = 0; run < 2; run++) {
+            dout_of[run] = (bf16 *)device_filled(no * 2);
+            dlse[run] = (float *)device_filled(rows * 4);
+            forward_by(version, dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s);
+            ddq[run] = (float *)device_filled(nd * 4);
+            if (run) CUDA(cudaMemcpy(ddq[1], ddq[0], (size_t)nd * 4, cudaMemcpyDeviceToDevice));       // and once more: twice the first
+            ddk[run] = (bf16 *)device_filled(nk * 2);
+            ddv[run] = (bf16 *)device_filled(nv * 2);
+            backward_by(version, ddq[run], run, ddk[run], ddv[run], ddout, dgate, dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s, ddelta, &takers, partial);
+        }
+        float *g_out[2], *g_lse[2], *g_dq[2], *g_dk[2], *g_dv[2];
+        for (int run = 0; run < 2; run++) {
+            g_out[run] = host_of_bf16(dout_of[run], no);
+            g_lse[run] = host_of_f32(dlse[run], rows);
+            g_dq[run] = host_of_f32(ddq[run], nd);
+            g_dk[run] = host_of_bf16(ddk[run], nk);
+            g_dv[run] = host_of_bf16(ddv[run], nv);
+        }
+        // Between the heads of a row nothing may be written: there the NaN stays.
+        int touched = 0;
+        for (int64_t i = 0; i < nk; i++)
+            if (i % s.k_row >= s.KV * s.D) touched += g_dk[0][i] == g_dk[0][i], g_dk[0][i] = g_dk[1][i] = 0;
+        for (int64_t i = 0; i < nv; i++)
+            if (i % s.v_row >= s.KV * s.Dv) touched += g_dv[0][i] == g_dv[0][i], g_dv[0][i] = g_dv[1][i] = 0;
+        check(touched == 0, "%s: version %d: %d numbers beside dk and dv are overwritten", name, version, touched);
 
-    const double all = sqrt(norm_of(dq_dense, nd) * norm_of(dq_dense, nd) + norm_of(dk, nk) * norm_of(dk, nk) + norm_of(dv, nv) * norm_of(dv, nv));
-    const double errors[] = {error_of(g_out[0], out, no, 0), error_of(g_lse[0], lse, rows, 1), error_of(g_dq[0], dq_dense, nd, 1e-4 * all),
-                             error_of(g_dk[0], dk, nk, 1e-4 * all), error_of(g_dv[0], dv, nv, 1e-4 * all)};
-    const char *const what[] = {"out", "lse", "dq", "dk", "dv"};
-    for (int i = 0; i < 5; i++) check(errors[i] < (i == 1 ? F32_ERROR : BF16_ERROR), "%s: %s: error %.2e", name, what[i], errors[i]);
-    int same = memcmp(g_out[0], g_out[1], (size_t)no * 4) == 0 && memcmp(g_lse[0], g_lse[1], (size_t)rows * 4) == 0 &&
-               memcmp(g_dk[0], g_dk[1], (size_t)nk * 4) == 0 && memcmp(g_dv[0], g_dv[1], (size_t)nv * 4) == 0;
-    for (int64_t i = 0; i < nd; i++) same &= g_dq[1][i] == 2 * g_dq[0][i];
-    check(same, "%s: another run, other bits", name);
-    printf("%-78s out %.1e  lse %.1e  dq %.1e  dk %.1e  dv %.1e\n", name, errors[0], errors[1], errors[2], errors[3], errors[4]);
+        const double all = sqrt(norm_of(dq_dense, nd) * norm_of(dq_dense, nd) + norm_of(dk, nk) * norm_of(dk, nk) + norm_of(dv, nv) * norm_of(dv, nv));
+        const double errors[] = {error_of(g_out[0], out, no, 0), error_of(g_lse[0], lse, rows, 1), error_of(g_dq[0], dq_dense, nd, 1e-4 * all),
+                                 error_of(g_dk[0], dk, nk, 1e-4 * all), error_of(g_dv[0], dv, nv, 1e-4 * all)};
+        const char *const what[] = {"out", "lse", "dq", "dk", "dv"};
+        for (int i = 0; i < 5; i++) check(errors[i] < (i == 1 ? F32_ERROR : BF16_ERROR), "%s: version %d: %s: error %.2e", name, version, what[i], errors[i]);
+        int same = memcmp(g_out[0], g_out[1], (size_t)no * 4) == 0 && memcmp(g_lse[0], g_lse[1], (size_t)rows * 4) == 0 &&
+                   memcmp(g_dk[0], g_dk[1], (size_t)nk * 4) == 0 && memcmp(g_dv[0], g_dv[1], (size_t)nv * 4) == 0;
+        for (int64_t i = 0; i < nd; i++) same &= g_dq[1][i] == 2 * g_dq[0][i];
+        check(same, "%s: version %d: another run, other bits", name, version);
+        printf("%-78s version %d  out %.1e  lse %.1e  dq %.1e  dk %.1e  dv %.1e\n", name, version, errors[0], errors[1], errors[2], errors[3], errors[4]);
+        for (int run = 0; run < 2; run++) {
+            void *on_device[] = {dout_of[run], dlse[run], ddq[run], ddk[run], ddv[run]};
+            for (int i = 0; i < 5; i++) CUDA(cudaFree(on_device[i]));
+            free(g_out[run]), free(g_lse[run]), free(g_dq[run]), free(g_dk[run]), free(g_dv[run]);
+        }
+    }
     if (x->kind == MASK_COMPRESSED && x->sel_block && s.Tk > 0) check_select(x, &s, dq_in, dk_in, q, k, lse);
-
-    for (int run = 0; run < 2; run++) {
-        void *on_device[] = {dout_of[run], dlse[run], ddq[run], ddk[run], ddv[run]};
-        for (int i = 0; i < 5; i++) CUDA(cudaFree(on_device[i]));
-        free(g_out[run]), free(g_lse[run]), free(g_dq[run]), free(g_dk[run]), free(g_dv[run]);
-    }
     void *on_device[] = {dq_in, dk_in, dv_in, ddout, dgate, ddelta, partial, idx ? (void *)mask.block_idx : NULL};
     for (int i = 0; i < 8; i++) CUDA(cudaFree(on_device[i]));
     free_takers(&takers);
@@ -280,7 +296,11 @@ static int check_cases(int first, int last) {
         {S, 1, 150, 150, 1, 1, 64, 64, 0, 0, 0, 40, 8},         // n beyond all blocks
         {S, 1, 300, 300, 1, 2, 64, 64, 0, 0, 0, 8, 40},         // more blocks a query than lanes
         {S, 1, 190, 190, 3, 1, 64, 64, 0, 0, 0, 80, 2},         // blocks longer than a tile
+        {S, 2, 190, 190, 5, 2, 64, 64, 0, 0, 0, 80, 2},
+        {S, 1, 130, 130, 4, 1, 64, 64, 0, 0, 0, 40, 3},
+        {S, 1, 150, 150, 8, 2, 128, 128, 0, 0, 0, 64, 2},
         {S, 1, 40, 40, 35, 1, 64, 64, 0, 0, 0, 16, 2},          // three warps a query
+        {S, 1, 100, 100, 35, 1, 64, 64, 0, 0, 0, 48, 2},
         {S, 1, 70, 70, 3, 1, 128, 128, 0, 0, 0, 16, 3},
         {S, 1, 90, 90, 16, 1, 128, 128, 0, 0, 0, 64, 1},
         {S, 1, 50, 50, 4, 1, 192, 128, 0, 0, 0, 24, 2},
@@ -314,6 +334,39 @@ __global__ void normal_kernel(bf16 *x, float *y, int64_t n, uint64_t seed) {    
     y[i] = __bfloat162float(x[i]);
 }
 
+// Neighbouring queries of a text look for much the same: 9/10 of each is that of the first of its ALIKE tokens.
+enum { ALIKE = 32 };
+__global__ void alike_kernel(bf16 *x, float *y, const float *from, int64_t n, int64_t row) {
+    const int64_t i = global_thread();
+    if (i >= n) return;
+    x[i] = __float2bfloat16(sqrtf(0.9f) * from[i / row / ALIKE * ALIKE * row + i % row] + sqrtf(0.1f) * from[i]);
+    y[i] = __bfloat162float(x[i]);
+}
+
+// How many blocks a query takes, and how many differ among those of a few neighbours, for each of these.
+static void print_sharing(const int *block_idx, const Mask *mask, const AttentionShape *s) {
+    enum { NEIGHBOURS = 4 };
+    int *idx = (int *)xmalloc((size_t)(s->T * s->KV * mask->n) * sizeof *idx);
+    char *seen = (char *)xcalloc((size_t)(s->T / mask->sel_block + 1), 1);
+    to_host(idx, block_idx, s->T * s->KV * mask->n * 4);
+    double taken = 0, different = 0;
+    for (int64_t t0 = 0; t0 < s->T; t0 += NEIGHBOURS)
+        for (int kv = 0; kv < s->KV; kv++) {
+            for (int pass = 0; pass < 2; pass++)
+                for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
+                    for (int m = 0; m < mask->n; m++) {
+                        const int block = idx[(t * s->KV + kv) * mask->n + m];
+                        if (block < 0) continue;
+                        taken += pass, different += pass && !seen[block];
+                        seen[block] = (char)pass;
+                    }
+            for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
+                for (int m = 0; m < mask->n; m++) if (idx[(t * s->KV + kv) * mask->n + m] >= 0) seen[idx[(t * s->KV + kv) * mask->n + m]] = 0;
+        }
+    printf("%.1f blocks a query, %.1f different ones among %d neighbours\n", taken / (double)(s->T * s->KV), different * NEIGHBOURS / (double)(s->T * s->KV), NEIGHBOURS);
+    free(idx), free(seen);
+}
+
 static int ascending(const void *a, const void *b) {
     const float x = *(const float *)a, y = *(const float *)b;
     return (x > y) - (x < y);
@@ -343,7 +396,7 @@ static double median_ms(int runs, Work work) {
 
 static void report(const char *what, int version, double ms, double flops, double bytes) {
     const double floor_ms = fmax(flops / PEAK_FLOPS, bytes / PEAK_BYTES) * 1e3;
-    printf("%-20s version %d  %9.3f ms  %7.1f TFLOP/s  %7.0f GB/s  floor %8.3f ms, %5.1f%%\n", what, version, ms, flops / ms * 1e-9, bytes / ms * 1e-6, floor_ms,
+    printf("%-25s version %d  %9.3f ms  %7.1f TFLOP/s  %7.0f GB/s  floor %8.3f ms, %5.1f%%\n", what, version, ms, flops / ms * 1e-9, bytes / ms * 1e-6, floor_ms,
            floor_ms / ms * 100);
 }
 
@@ -380,72 +433,83 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
     const int64_t rows = s.B * s.T * s.H, no = rows * s.Dv, nd = rows * s.D, nk = s.B * s.Tk * s.k_row, nv = s.B * s.Tk * s.v_row;
     Tensor dout = random_tensor(no), out = random_tensor(no), dk = random_tensor(nk), dv = random_tensor(nv);
     float *lse = (float *)device_malloc(rows * 4), *delta = (float *)device_malloc(rows * 4), *dq = (float *)device_malloc(nd * 4);
-    float *partial = (float *)device_malloc(fast_attention_partial(&s, mask) * 4);
+    float *partial = (float *)device_malloc(max64(fast_attention_partial(&s, mask), hopper_attention_partial(&s, mask)) * 4);
     Takers takers = make_takers(mask, &s);
     const double pairs = seen_pairs(mask, &s) * s.H, forward = 2 * pairs * (s.D + s.Dv), backward = 2 * pairs * (3 * s.D + 2 * s.Dv);
     const double inputs = (double)nd + (double)(s.B * s.Tk * s.KV * (s.D + s.Dv)), small = 4 * (double)rows;
     char what[64];
-    printf("%s: %.3g pairs a head, partial sums %.0f MB\n", name, pairs / s.H, (double)fast_attention_partial(&s, mask) * 4e-6);
-    for (int i = 1; i <= 2; i++) {
-        if (version && version != i) continue;
+    printf("%s: %.3g pairs a head, partial sums %.0f MB\n", name, pairs / s.H, (double)gpu_attention_partial(&s, mask) * 4e-6);
+    for (int i = 1; i <= 3; i++) {
+        if ((version && version != i) || (i == 3 && !hopper_attention(&s, mask))) continue;
         const int runs = i == 1 ? 1 : 11;
         const double bytes = i == 1 ? 4 : 2;        // of a number
         const double fms = median_ms(runs, [&] {
             if (i == 1) simple_attention_forward(out.f, lse, q.f, k.f, v.f, mask, &s);
-            else fast_attention_forward(out.b, lse, q.b, k.b, v.b, mask, &s);
+            else forward_by(i, out.b, lse, q.b, k.b, v.b, mask, &s);
         });
         snprintf(what, sizeof what, "%s forward", name);
         report(what, i, fms, forward, bytes * (inputs + (double)no) + small);
         const double bms = median_ms(runs, [&] {
             if (i == 1) simple_attention_backward(dq, 0, dk.f, dv.f, dout.f, (const float *)NULL, out.f, lse, q.f, k.f, v.f, mask, &s, delta, &takers);
-            else fast_attention_backward(dq, 0, dk.b, dv.b, dout.b, NULL, out.b, lse, q.b, k.b, v.b, mask, &s, delta, &takers, partial);
+            else backward_by(i, dq, 0, dk.b, dv.b, dout.b, NULL, out.b, lse, q.b, k.b, v.b, mask, &s, delta, &takers, partial);
         });
         snprintf(what, sizeof what, "%s backward", name);
         report(what, i, bms, backward, bytes * (2 * inputs - (double)nd + 2 * (double)no) + 4 * (double)nd + 2 * small);
     }
-    if (mask->kind == MASK_SELECTED) printf("%-20s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
+    if (mask->kind == MASK_SELECTED) printf("%-25s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
     free_tensor(&dout), free_tensor(&out), free_tensor(&dk), free_tensor(&dv);
     void *rest[] = {lse, delta, dq, partial};
     for (int i = 0; i < 4; i++) CUDA(cudaFree(rest[i]));
     free_takers(&takers);
 }
 
-static int bench(int64_t T, int H, int KV, int D, int version) {
+static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     const int Dv = D == 192 ? 128 : D;
     const SelectShape sel = {32, 16, 64, 16, 1, 2};
-    AttentionShape s = {1, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv}, cmp = s;
+    AttentionShape s = {B, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv}, cmp = s;
     cmp.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
-    int *block_idx = (int *)device_malloc(T * KV * sel.n * 4);
+    int *block_idx = (int *)device_malloc(B * T * KV * sel.n * 4);
     const Mask full = {MASK_WINDOW, T, 0, 0, 0, 0, NULL}, window = {MASK_WINDOW, 512, 0, 0, 0, 0, NULL};
     const Mask compressed = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL}, selected = {MASK_SELECTED, 0, 0, 0, sel.sel_block, sel.n, block_idx};
     if (!fast_attention(&s, &full)) die(2, "the fast tier takes D = 64, 128 and 192");
-    Tensor q = random_tensor(T * s.q_row), k = random_tensor(T * s.k_row), v = random_tensor(T * s.v_row);
-    float *lse = (float *)device_malloc(T * H * 4), *scratch = (float *)device_malloc(gpu_select_scratch(&cmp, &sel) * 4);
-    Tensor out = random_tensor(T * H * Dv);
-    printf("T=%" PRId64 " H=%d KV=%d D=%d Dv=%d, preset paper, on %s. Floor: %.0f TFLOP/s, %.1f TB/s, 2 matrix products forward and 5 backward\n", T, H, KV, D, Dv, gpu.name,
+    Tensor q = random_tensor(B * T * s.q_row), k = random_tensor(B * T * s.k_row), v = random_tensor(B * T * s.v_row);
+    float *lse = (float *)device_malloc(B * T * H * 4), *scratch = (float *)device_malloc(gpu_select_scratch(&cmp, &sel) * 4);
+    Tensor out = random_tensor(B * T * H * Dv);
+    printf("B=%" PRId64 " T=%" PRId64 " H=%d KV=%d D=%d Dv=%d, preset paper, on %s. Floor: %.0f TFLOP/s, %.1f TB/s, 2 matrix products forward and 5 backward\n", B, T, H, KV, D, Dv, gpu.name,
            PEAK_FLOPS * 1e-12, PEAK_BYTES * 1e-12);
 
     // The blocks that these queries and keys choose; and how long the weights of that choice take.
-    fast_attention_forward(out.b, lse, q.b, k.b, v.b, &compressed, &cmp);
-    gpu_select_forward(block_idx, q.b, k.b, lse, &cmp, &sel, &compressed, scratch);
-    const double pairs = seen_pairs(&compressed, &cmp) * H, bytes = (double)T * KV * (double)cmp.Tk / 2 * 4;
+    const auto choose = [&](Tensor queries) {
+        fast_attention_forward(out.b, lse, queries.b, k.b, v.b, &compressed, &cmp);
+        gpu_select_forward(block_idx, queries.b, k.b, lse, &cmp, &sel, &compressed, scratch);
+    };
+    choose(q);
+    const double pairs = seen_pairs(&compressed, &cmp) * H, bytes = (double)(B * T) * KV * (double)cmp.Tk / 2 * 4;
     const int64_t chunk = select_chunk(&cmp, &sel);
     for (int i = 1; i <= 2; i++)
         if (!version || version == i)
             report("select weights", i, median_ms(i == 1 ? 1 : 11, [&] {
-                       for (int64_t row = 0; row < T * KV; row += chunk) {
-                           if (i == 2) fast_select_weights(scratch, q.b, k.b, lse, row, min64(chunk, T * KV - row), &cmp, &sel);
-                           else simple_select_weights(scratch, q.f, k.f, lse, row, min64(chunk, T * KV - row), &cmp, &sel);
+                       for (int64_t row = 0; row < B * T * KV; row += chunk) {
+                           if (i == 2) fast_select_weights(scratch, q.b, k.b, lse, row, min64(chunk, B * T * KV - row), &cmp, &sel);
+                           else simple_select_weights(scratch, q.f, k.f, lse, row, min64(chunk, B * T * KV - row), &cmp, &sel);
                        }
                    }), 2 * pairs * D, bytes);
+
+    bench_mask("compressed", &compressed, cmp, version, q, k, v);
+    print_sharing(block_idx, &selected, &s);
+    bench_mask("selected", &selected, s, version, q, k, v);
+    Tensor alike = random_tensor(B * T * s.q_row);
+    alike_kernel<<<grid(B * T * s.q_row, THREADS), THREADS>>>(alike.b, alike.f, q.f, B * T * s.q_row, s.q_row);
+    LAUNCHED();
+    choose(alike);
+    print_sharing(block_idx, &selected, &s);
+    bench_mask("selected, alike", &selected, s, version, alike, k, v);
+    free_tensor(&alike);
+    bench_mask("window", &window, s, version, q, k, v);
+    bench_mask("full", &full, s, version, q, k, v);
     CUDA(cudaFree(lse));
     CUDA(cudaFree(scratch));
     free_tensor(&out);
-
-    bench_mask("compressed", &compressed, cmp, version, q, k, v);
-    bench_mask("selected", &selected, s, version, q, k, v);
-    bench_mask("window", &window, s, version, q, k, v);
-    bench_mask("full", &full, s, version, q, k, v);
     free_tensor(&q), free_tensor(&k), free_tensor(&v);
     CUDA(cudaFree(block_idx));
     return 0;
@@ -456,12 +520,12 @@ int main(int argc, char **argv) {
     device_open();
     if (argc == 1 || (argc <= 4 && strcmp(argv[1], "check") == 0))
         return check_cases(argc > 2 ? atoi(argv[2]) : 0, argc > 3 ? atoi(argv[3]) : INT_MAX);
-    if ((argc != 6 && argc != 7) || strcmp(argv[1], "bench") != 0) {
-        fprintf(stderr, "usage: attention [check [first case [last case]]] | attention bench T H KV D [version]\n");
+    if ((argc < 6 || argc > 8) || strcmp(argv[1], "bench") != 0) {
+        fprintf(stderr, "usage: attention [check [first case [last case]]] | attention bench T H KV D [version [batch]]\n");
         return 2;
     }
     const int64_t T = atoll(argv[2]);
-    const int H = atoi(argv[3]), KV = atoi(argv[4]), D = atoi(argv[5]), version = argc == 7 ? atoi(argv[6]) : 0;
-    if (T < 1 || H < 1 || KV < 1 || H % KV) die(2, "attention bench: T, H and KV are positive, and KV divides H");
-    return bench(T, H, KV, D, version);
+    const int H = atoi(argv[3]), KV = atoi(argv[4]), D = atoi(argv[5]), version = argc > 6 ? atoi(argv[6]) : 0, B = argc > 7 ? atoi(argv[7]) : 1;
+    if (B < 1 || T < 1 || H < 1 || KV < 1 || H % KV) die(2, "attention bench: T, H, KV and the batch are positive, and KV divides H");
+    return bench(T, H, KV, D, version, B);
 }

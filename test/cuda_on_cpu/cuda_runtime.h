@@ -2,8 +2,8 @@
 //
 // A kernel's threads are fibers of one CPU thread: each runs until it waits for others (__syncthreads, __syncwarp, a shuffle,
 // a matrix instruction), then the next one runs. Blocks are shared out among the CPU's threads. What a GPU leaves undefined is
-// made to fail here: fresh memory is NaN, cp.async delivers nothing before it is waited for, an exited lane that a mask
-// names or a barrier that not all reach ends the program. Under AddressSanitizer and UBSan, accesses out of bounds
+// made to fail here: fresh memory is NaN, cp.async delivers nothing before it is waited for, nor does the copy engine, whose target is NaN
+// until then; wgmma computes at its wait; an exited lane that a mask names or a barrier that not all reach ends the program. Under AddressSanitizer and UBSan, accesses out of bounds
 // (dynamic shared memory too) and misaligned ones are found. EMU_REVERSE=1 runs the threads of a block the other way round: a missing barrier
 // shows as another result. Nothing here says how fast a kernel is.
 //
@@ -33,7 +33,9 @@
 #define __host__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __CUDA_ARCH__ 900
+#define __CUDA_ARCH_FEAT_SM90_ALL
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -51,9 +53,10 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 // ----------------------------------------------------------------------------
 // Threads of a block
 
+struct CUtensorMap;
 namespace emu {
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK = 256 << 10 };
+enum { WARP = 32, WARPGROUP = 128, MAX_THREADS = 1024, STACK = 256 << 10, NAMED = 16, SHARED_ALIGN = 1024 };
 
 [[noreturn]] static inline void stop(const char *what);
 
@@ -66,12 +69,19 @@ struct Warp {
 
 struct CopyAsync { void *to; const void *from; int bytes, filled; };
 
+// A matrix product of a warpgroup, as one of its threads will do its share: rows lane / 4 and 8 more of its warp's 16.
+struct WarpgroupProduct { float (*d)[4]; int n; bool in_registers, add, turned; float a[2][16]; uint64_t a_matrix, b_matrix; };
+
+// A copy of the copy engine on its way: the box of a tensor map, in rows of 128 bytes.
+struct BoxCopy { uint64_t *barrier; char *to; const struct ::CUtensorMap *map; int at[4]; };
+
 struct Thread {
     uint3 idx;
     bool started, done;
     unsigned exchanges;             // that this lane has taken part in
     int fiber;
     std::vector<std::vector<CopyAsync>> copies;     // groups of cp.async; the last one is open
+    std::vector<std::vector<WarpgroupProduct>> products;    // groups of wgmma; the last one is open
 };
 
 struct Fiber {
@@ -88,7 +98,8 @@ struct Worker {     // one CPU thread
     std::vector<int> idle;
     std::vector<Thread> threads;
     Warp warps[MAX_THREADS / WARP];
-    Barrier block;
+    Barrier block, warpgroups[MAX_THREADS / WARPGROUP], named[NAMED];
+    std::vector<BoxCopy> boxes;
     int live, count, next, fiber, current;      // threads not done; of the block; next to start; running fiber; running thread
     int64_t waits;                  // since somebody got on
     char *shared = nullptr;
@@ -285,6 +296,9 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
     w->next = 0;
     w->waits = 0;
     w->block = Barrier();
+    for (Barrier &b : w->warpgroups) b = Barrier();
+    for (Barrier &b : w->named) b = Barrier();
+    w->boxes.clear();
     w->block_idx = block;
     w->block_dim = threads;
     w->grid_dim = grid;
@@ -295,10 +309,11 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
         w->threads[i].idx = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
     for (int i = 0; i * WARP < w->count; i++) w->warps[i].barrier = Barrier();
     // its own allocation, so that AddressSanitizer knows its end
-    char *memory = shared ? (char *)aligned_alloc(128, (shared + 127) / 128 * 128) : nullptr;
-    if (shared) memset(memory, 0xff, (shared + 127) / 128 * 128);
+    const size_t whole = (shared + SHARED_ALIGN - 1) / SHARED_ALIGN * SHARED_ALIGN;
+    char *memory = shared ? (char *)aligned_alloc(SHARED_ALIGN, whole) : nullptr;
+    if (shared) memset(memory, 0xff, whole);
 #if defined(__SANITIZE_ADDRESS__)
-    if (shared) __asan_poison_memory_region(memory + shared, (shared + 127) / 128 * 128 - shared);
+    if (shared) __asan_poison_memory_region(memory + shared, whole - shared);
 #endif
     w->shared = memory;
     w->shared_bytes = shared;
@@ -313,8 +328,9 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
 #endif
     w->current = -1;
     if (w->live) stop("threads of a block are left over");
+    if (!w->boxes.empty()) stop("a block ends before what it copies has been waited for");
 #if defined(__SANITIZE_ADDRESS__)
-    if (shared) __asan_unpoison_memory_region(memory, (shared + 127) / 128 * 128);
+    if (shared) __asan_unpoison_memory_region(memory, whole);
 #endif
     free(memory);
 }
@@ -360,14 +376,15 @@ static inline unsigned __ballot_sync(unsigned mask, int yes) {
         if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
     return result;
 }
-static inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+template <typename T>
+static inline T __reduce_max_sync(unsigned mask, T x) {
     const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
-    unsigned result = 0;
     for (int i = 0; i < 32; i++)
-        if (mask >> i & 1 && emu_from_lane<unsigned>(slot, i) > result) result = emu_from_lane<unsigned>(slot, i);
-    return result;
+        if (mask >> i & 1 && emu_from_lane<T>(slot, i) > x) x = emu_from_lane<T>(slot, i);
+    return x;
 }
-static inline unsigned __reduce_min_sync(unsigned mask, unsigned x) { return ~__reduce_max_sync(mask, ~x); }
+template <typename T>
+static inline T __reduce_min_sync(unsigned mask, T x) { return ~__reduce_max_sync(mask, (T)~x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline int atomicAdd(int *p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
@@ -443,6 +460,140 @@ static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned
             for (int k = 0; k < 16; k++) sum += A[m][k] * B[n][k];
             d[m * 2 + n] += sum;
         }
+}
+
+// Hopper's barriers in shared memory, 8 bytes.
+struct EmuBarrier { uint8_t made, phase, arrivals, missing; int32_t bytes; };
+enum { EMU_BARRIER_MADE = 0xb5 };
+static inline EmuBarrier *emu_barrier(uint64_t *barrier) {
+    EmuBarrier *b = (EmuBarrier *)barrier;
+    if (b->made != EMU_BARRIER_MADE) emu::stop("a barrier in shared memory is used before it is made");
+    return b;
+}
+static inline void emu_barrier_init(uint64_t *barrier, int arrivals) { *(EmuBarrier *)barrier = {EMU_BARRIER_MADE, 0, (uint8_t)arrivals, (uint8_t)arrivals, 0}; }
+static inline void emu_barrier_end_phase(EmuBarrier *b) {
+    if (b->missing || b->bytes) return;
+    b->phase ^= 1;
+    b->missing = b->arrivals;
+    emu::worker->waits = 0;
+}
+static inline void emu_barrier_arrive(uint64_t *barrier, int bytes) {
+    EmuBarrier *b = emu_barrier(barrier);
+    if (b->missing == 0) emu::stop("more threads arrive at a barrier than it was made for");
+    b->bytes += bytes;
+    b->missing--;
+    emu_barrier_end_phase(b);
+}
+
+// The tensor map of cuda.h, four dimensions, rows of 128 swizzled bytes.
+struct alignas(64) CUtensorMap { const char *base; uint64_t size[4], stride[4]; unsigned box[4]; };
+static inline char *emu_swizzled(char *base, size_t place) {       // chunk of 16 bytes ^ row of 128
+    const size_t at = (size_t)(base - emu::worker->shared) + place;
+    return emu::worker->shared + (at ^ (at >> 7 & 7) << 4);
+}
+static inline size_t emu_box_bytes(const CUtensorMap *m) { return (size_t)m->box[0] * m->box[1] * m->box[2] * m->box[3] * 2; }
+static inline void emu_copy_box(void *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
+    const size_t offset = (size_t)((char *)to - emu::worker->shared);
+    emu_barrier(barrier);
+    if (offset % 128 || offset + emu_box_bytes(map) > emu::worker->shared_bytes) emu::stop("a box is copied to where it cannot lie");
+    memset(to, 0xff, emu_box_bytes(map));
+    emu::worker->boxes.push_back({barrier, (char *)to, map, {column, head, token, batch}});
+}
+static inline void emu_deliver(const emu::BoxCopy &c) {
+    const CUtensorMap *m = c.map;
+    size_t place = 0;
+    for (unsigned b = 0; b < m->box[3]; b++)
+        for (unsigned t = 0; t < m->box[2]; t++)
+            for (unsigned h = 0; h < m->box[1]; h++)
+                for (unsigned i = 0; i < m->box[0]; i++, place += 2) {
+                    const int64_t at[4] = {c.at[0] + (int64_t)i, c.at[1] + (int64_t)h, c.at[2] + (int64_t)t, c.at[3] + (int64_t)b};
+                    uint16_t x = 0;
+                    bool inside = true;
+                    for (int d = 0; d < 4; d++) inside &= at[d] >= 0 && at[d] < (int64_t)m->size[d];
+                    if (inside) memcpy(&x, m->base + at[0] * 2 + at[1] * m->stride[1] + at[2] * m->stride[2] + at[3] * m->stride[3], 2);
+                    memcpy(emu_swizzled(c.to, place), &x, 2);
+                }
+    EmuBarrier *b = emu_barrier(c.barrier);
+    b->bytes -= (int32_t)place;
+    emu_barrier_end_phase(b);
+}
+static inline void emu_barrier_wait(uint64_t *barrier, int parity) {
+    const EmuBarrier *b = emu_barrier(barrier);
+    while (b->phase == parity) {
+        auto &boxes = emu::worker->boxes;
+        for (size_t i = 0; i < boxes.size();) {
+            if (boxes[i].barrier != barrier) { i++; continue; }
+            const emu::BoxCopy c = boxes[i];
+            boxes.erase(boxes.begin() + i);
+            emu_deliver(c);
+        }
+        if (b->phase == parity) emu::yield();
+    }
+}
+static inline void emu_named_barrier(int id, int threads, bool stay) {
+    emu::Barrier &b = emu::worker->named[id];
+    if (id <= 0 || id >= emu::NAMED || threads % emu::WARP) emu::stop("no such barrier");
+    if (stay) return emu::wait(b, threads);
+    b.arrived++;
+    emu::release_if_complete(b, threads);
+}
+
+// wgmma. A descriptor: address / 16 in bits 0-13, offset between groups of 64 along a turned row / 16 in 16-29, between groups of 8 rows / 16
+// in 32-45, swizzle of 128 bytes = 1 in 62-63.
+static inline unsigned emu_shared_address(const void *p) { return (unsigned)((const char *)p - emu::worker->shared); }
+static inline float emu_factor(uint64_t matrix, int row, int k, bool turned) {
+    const size_t start = (matrix & 0x3fff) << 4, leading = (matrix >> 16 & 0x3fff) << 4, stride = (matrix >> 32 & 0x3fff) << 4;
+    if (matrix >> 62 != 1 || (start >> 7 & 7)) emu::stop("wgmma: a matrix that is not swizzled by 128 bytes, or does not begin at 1024");
+    const size_t place = turned ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128 : row / 8 * stride + row % 8 * 128 + k * 2;
+    if (start + place + 2 > emu::worker->shared_bytes) emu::stop("wgmma: a matrix ends behind shared memory");
+    uint16_t x;
+    memcpy(&x, emu_swizzled(emu::worker->shared + start, place), 2);
+    return __uint_as_float((unsigned)x << 16);
+}
+static inline void emu_wgmma(float (*d)[4], int n, const unsigned *a, uint64_t a_matrix, uint64_t b_matrix, int add, bool turned) {
+    emu::Thread &t = emu::self();
+    emu::WarpgroupProduct p = {d, n, a != nullptr, add != 0, turned, {{0}}, a_matrix, b_matrix};
+    uint64_t mine[4] = {a_matrix, b_matrix, 0, 0};
+    if (a) memcpy(mine + 2, a, 16);
+    const uint64_t(*slot)[4] = emu::exchange(~0u, mine, sizeof mine);
+    if (slot[0][0] != a_matrix || slot[0][1] != b_matrix) emu::stop("wgmma: the lanes name different matrices");
+    for (int q = 0; a && q < 4; q++) {
+        unsigned regs[4];
+        memcpy(regs, &slot[emu::lane_of(emu::worker->current) / 4 * 4 + q][2], 16);
+        for (int r = 0; r < 4; r++) {
+            p.a[r % 2][r / 2 * 8 + q * 2] = __uint_as_float(regs[r] << 16);
+            p.a[r % 2][r / 2 * 8 + q * 2 + 1] = __uint_as_float(regs[r] & 0xffff0000u);
+        }
+    }
+    emu::wait(emu::worker->warpgroups[emu::worker->current / emu::WARPGROUP], emu::WARPGROUP);
+    if (t.products.empty()) t.products.emplace_back();
+    t.products.back().push_back(p);
+}
+static inline void emu_wgmma_commit() {
+    auto &groups = emu::self().products;
+    if (groups.empty()) groups.emplace_back();
+    groups.emplace_back();
+}
+static inline void emu_wgmma_wait(int left) {
+    auto &groups = emu::self().products;
+    const int warp = emu::worker->current % emu::WARPGROUP / emu::WARP, lane = emu::lane_of(emu::worker->current);
+    while (groups.size() > 1 && (int)groups.size() - 1 > left) {
+        for (emu::WarpgroupProduct &p : groups.front()) {
+            for (int k = 0; k < 16 && !p.in_registers; k++)
+                for (int r = 0; r < 2; r++) p.a[r][k] = emu_factor(p.a_matrix, warp * 16 + lane / 4 + r * 8, k, false);
+            for (int i = 0; i < p.n / 8; i++)
+                for (int e = 0; e < 2; e++) {
+                    float sum[2] = {0, 0};
+                    for (int k = 0; k < 16; k++) {
+                        const float b = emu_factor(p.b_matrix, i * 8 + lane % 4 * 2 + e, k, p.turned);
+                        sum[0] += p.a[0][k] * b, sum[1] += p.a[1][k] * b;
+                    }
+                    for (int r = 0; r < 2; r++) p.d[i][r * 2 + e] = (p.add ? p.d[i][r * 2 + e] : 0) + sum[r];
+                }
+        }
+        groups.erase(groups.begin());
+    }
+    __syncwarp();       // nobody goes on, and lets the factors be overwritten, before all have read
 }
 
 // ----------------------------------------------------------------------------
