@@ -673,7 +673,7 @@ struct CompressStep {
 template <typename F>
 __global__ void flatten_kernel(CompressStep<F> a) {
     wait_for_previous();
-    const int64_t place = blockIdx.y, i = global_thread(), first = a.input->position + 1 - a.block;
+    const int64_t place = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x, first = a.input->position + 1 - a.block;
     const int v = (int)blockIdx.z, D = a.width[v];
     if (i >= (int64_t)a.block * D) return;
     const int64_t set = place / a.members, m = place % a.members, row = a.sets > 1 ? m : m / a.KV, kv = a.sets > 1 ? set : m % a.KV;
@@ -1018,13 +1018,13 @@ enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS };
 // A warp's ring of tiles in shared memory, keys (TILE_KEYS,D) and values (TILE_KEYS,DV) each, and the rings of a block. OUT_ROW: of the
 // warps' sums (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
 template <int D, int DV>
-struct Ring {
+struct KeyRing {
     static constexpr int STAGES = D == 192 ? 2 : 3, STAGE = TILE_KEYS * (D + DV), NUMBERS = STAGES * STAGE, OUT_ROW = DV + 8;
     static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16);
     static_assert(DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float) <= BYTES, "the sums take the rings' place");
 };
 
-static int64_t ring_bytes(const Config *c) { return c->head_dim == 64 ? Ring<64, 64>::BYTES : c->head_dim == 128 ? Ring<128, 128>::BYTES : Ring<192, 128>::BYTES; }
+static int64_t ring_bytes(const Config *c) { return c->head_dim == 64 ? KeyRing<64, 64>::BYTES : c->head_dim == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
 
 // Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, and is
 // not so long that the candidates for its choice do not fit where the rings stand.
@@ -1034,7 +1034,7 @@ static int fast_decode(const Config *c, int64_t capacity) {
 }
 
 // importance (rows,KV,blocks) of the selection blocks from the compressed branch's scores (rows,H,slots): a block of threads takes so many
-// selection blocks that it has about a compressed one for each thread. grid: selection blocks, list
+// selection blocks that it has about a compressed one for each thread. grid: list, selection blocks
 static int importance_blocks(const SelectShape *sel) { return (int)max64(1, THREADS / (sel->sel_block / sel->cmp_stride)); }
 static int64_t importance_bytes(const DecodeShape *s) {
     const SelectShape *sel = &s->select;
@@ -1052,8 +1052,8 @@ __global__ void importance_kernel(float *importance, const float *scores, int64_
     extern __shared__ float shared[];       // (G), then weights of compressed blocks
     wait_for_previous();
     const SelectShape *sel = &s.select;
-    const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.x * blocks_each, j1 = min32(j0 + blocks_each, blocks);
-    const int64_t list = blockIdx.y;
+    const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.y * blocks_each, j1 = min32(j0 + blocks_each, blocks);
+    const int64_t list = blockIdx.x;
     if (blocks <= sel->n || j0 >= blocks) return;
     float *lse = shared, *weights = lse + s.G;
     const Stretch x = touching(j0, j1, visible, sel);
@@ -1138,7 +1138,7 @@ __device__ static inline void fetch_keys_of(bf16 *tile, const bf16 *k, const bf1
 // grid: (row, kv, group of heads), split
 template <int D, int DV>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_kernel(AttendCall a) {
-    typedef Ring<D, DV> R;
+    typedef KeyRing<D, DV> R;
     extern __shared__ uint4 fast_shared[];
     __shared__ float tops[DECODE_WARPS][MMA_ROWS], totals[DECODE_WARPS][MMA_ROWS];
     __shared__ int chosen[CHOICE_GROUPS];
@@ -1353,9 +1353,9 @@ static void launch_attend(const Working *w, AttendCall a, int first, int second)
     a.lists[0] = first;
     a.lists[1] = second;
     if (!w->fast) launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
-    else if (s->D == 64) launch(w->stream, fast_attend_kernel<64, 64>, blocks, DECODE_THREADS, Ring<64, 64>::BYTES, a);
-    else if (s->D == 128) launch(w->stream, fast_attend_kernel<128, 128>, blocks, DECODE_THREADS, Ring<128, 128>::BYTES, a);
-    else launch(w->stream, fast_attend_kernel<192, 128>, blocks, DECODE_THREADS, Ring<192, 128>::BYTES, a);
+    else if (s->D == 64) launch(w->stream, fast_attend_kernel<64, 64>, blocks, DECODE_THREADS, KeyRing<64, 64>::BYTES, a);
+    else if (s->D == 128) launch(w->stream, fast_attend_kernel<128, 128>, blocks, DECODE_THREADS, KeyRing<128, 128>::BYTES, a);
+    else launch(w->stream, fast_attend_kernel<192, 128>, blocks, DECODE_THREADS, KeyRing<192, 128>::BYTES, a);
 }
 
 template <typename F>
@@ -1369,7 +1369,7 @@ static void compress_step(Decoder *d, int layer) {
     const CompressStep<F> step = {{a->flat[0], a->flat[1]}, {a->hidden[0], a->hidden[1]}, a->angles, a->device_input, d->layers[layer],
                                   {w->compress[0], w->compress[1]}, {compress_matrices<F>(g, &w->compress[0]), compress_matrices<F>(g, &w->compress[1])},
                                   KV, {D, Dv}, c->cmp_block, c->compress, sets, lists / sets};
-    launch(a->stream, flatten_kernel<F>, dim3(grid(c->cmp_block * most, THREADS), (unsigned)lists, 2), THREADS, 0, step);
+    launch(a->stream, flatten_kernel<F>, dim3((unsigned)lists, grid(c->cmp_block * most, THREADS), 2), THREADS, 0, step);
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
     launch(a->stream, output_kernel<F>, dim3(grid((most + 1) / 2, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
 }
@@ -1391,7 +1391,7 @@ static void launch_choice(const Decoder *d, int layer) {
     const int64_t slots = d->layers[layer].branch[CMP].slots, most_blocks = most_selection_blocks(&d->model->config, d->capacity);
     const unsigned lists = (unsigned)(s.rows * s.KV);
     const int each = importance_blocks(&s.select);
-    if (w->fast) launch(w->stream, importance_kernel, dim3(grid(most_blocks, each), lists), THREADS, importance_bytes(&s), w->importance, w->scores, slots, most_blocks, each, w->parts, w->device_input, s);
+    if (w->fast) launch(w->stream, importance_kernel, dim3(lists, grid(most_blocks, each)), THREADS, importance_bytes(&s), w->importance, w->scores, slots, most_blocks, each, w->parts, w->device_input, s);
     else launch(w->stream, select_kernel, lists, min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), s.G * (int64_t)sizeof(float), w->block_idx, w->scores, slots, w->importance,
                 most_blocks, w->parts, w->device_input, s);
 }
@@ -1589,9 +1589,9 @@ void decoder_open(Decoder *d) {
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (!fast_model(c)) return;
     if (has_nsa(c)) allow_shared(importance_kernel, importance_bytes(&s), "selection for so many heads on a KV head", cpu);
-    if (s.D == 64) allow_shared(fast_attend_kernel<64, 64>, Ring<64, 64>::BYTES, FAST_NAME, FAST_FIX);
-    else if (s.D == 128) allow_shared(fast_attend_kernel<128, 128>, Ring<128, 128>::BYTES, FAST_NAME, FAST_FIX);
-    else allow_shared(fast_attend_kernel<192, 128>, Ring<192, 128>::BYTES, FAST_NAME, FAST_FIX);
+    if (s.D == 64) allow_shared(fast_attend_kernel<64, 64>, KeyRing<64, 64>::BYTES, FAST_NAME, FAST_FIX);
+    else if (s.D == 128) allow_shared(fast_attend_kernel<128, 128>, KeyRing<128, 128>::BYTES, FAST_NAME, FAST_FIX);
+    else allow_shared(fast_attend_kernel<192, 128>, KeyRing<192, 128>::BYTES, FAST_NAME, FAST_FIX);
 }
 
 static void drop_graphs(Working *w) {
