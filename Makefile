@@ -211,7 +211,7 @@ help:
 	@echo "make fuzz        fuzzes the readers of files for a minute (FUZZ_SECONDS=60)"
 	@echo "make bench       times the CPU program: peak, matrix products, training steps, attention"
 	@echo "make tales       data/tales, the generator of the built-in corpus and of long-range tasks"
-	@echo "make train_nsacu the GPU program (nvcc, cuBLAS); GPU_ARCH=-arch=sm_90 chooses the GPU"
+	@echo "make train_nsacu the GPU program (nvcc, cuBLAS); GPU_ARCH=-arch=sm_89 chooses the GPU"
 	@echo "make samplecu    the sampler on the GPU"
 	@echo "make test-gpu    the GPU against the CPU"
 	@echo "make test-gpu-emulated  the same without a GPU, the kernels run by the CPU"

@@ -954,6 +954,12 @@ __device__ static inline float group_weight(const float *scores, int64_t slots, 
     return sum;
 }
 
+// For importance_of (eq. 9), which is training's: the weights of the compressed blocks that the token sees.
+__device__ static inline Choice choice_from(const float *weights, int visible, const SelectShape *sel) {
+    const Choice x = {NULL, weights, 0, 0, visible, sel->cmp_block / sel->cmp_stride, sel->sel_block / sel->cmp_stride};
+    return x;
+}
+
 // idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
@@ -973,8 +979,8 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;      // in the place of the first head's scores
     for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, slots, lse, s.G);
     __syncthreads();
-    const Choice choice = {idx, weights, input->position, first, last};
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, j, sel);
+    const Choice choice = choice_from(weights, visible, sel);
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, (int)j);
     __syncthreads();
 
     const int places = sel->n - sel->n_init - sel->n_local;
@@ -1060,8 +1066,8 @@ __global__ void importance_kernel(float *importance, const float *scores, int64_
     group_lse(lse, &parts, &s, list, &input->of[CMP]);
     for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);
     __syncthreads();
-    const Choice choice = {NULL, weights - x.from, input->position, j0, j1};
-    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(&choice, j, sel);
+    const Choice choice = choice_from(weights - x.from, visible, sel);
+    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(&choice, j);
 }
 
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.

@@ -4200,9 +4200,9 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
 
 typedef struct SelectShape { int cmp_block, cmp_stride, sel_block, n, n_init, n_local; } SelectShape;
 
-// Eq. 9 read geometrically: how many of the d-token pieces of compressed block i lie in selection block j.
-DEVICE static inline int64_t pieces_inside(int64_t i, int64_t j, const SelectShape *s) {
-    const int64_t per_block = s->sel_block / s->cmp_stride, pieces = s->cmp_block / s->cmp_stride;
+// Eq. 9 read geometrically: how many of the d-token pieces of compressed block i, which has `pieces` of them, lie in selection block j, which
+// has `per_block`.
+DEVICE static inline int64_t pieces_inside(int64_t i, int64_t j, int64_t pieces, int64_t per_block) {
     return max64(0, min64(i + pieces, (j + 1) * per_block) - max64(i, j * per_block));
 }
 
@@ -4212,7 +4212,7 @@ static inline void block_importance(real *importance, const real *weights, int64
     for (int64_t j = 0; j < blocks; j++) {
         importance[j] = 0;
         for (int64_t i = max64(0, j * per_block - pieces + 1); i < min64((j + 1) * per_block, visible); i++)
-            importance[j] += weights[i] * (real)pieces_inside(i, j, s);
+            importance[j] += weights[i] * (real)pieces_inside(i, j, pieces, per_block);
     }
 }
 

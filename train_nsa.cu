@@ -13,7 +13,7 @@ weights that matrix products read. Master weights, AdamW's state, the gradients 
 log-sum-exp, gates, routing) and all sums are f32 in both.
 
 Two tiers of kernels: simple ones that take any shape and both types, and for bf16 fast ones on tensor cores (attention with heads
-of 64, 128 or 192/128). No kernel adds with atomics: the same seed gives the same bits.
+of 64, 128 or 192/128), the attention of heads of 64 and 128 once more for Hopper. No kernel adds with atomics: the same seed gives the same bits.
 
 SPDX-License-Identifier: MIT
 */
@@ -111,6 +111,8 @@ static void allow_shared(Kernel *kernel, int64_t bytes, const char *what, const 
 __device__ static inline int64_t global_thread(void) { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ static inline int64_t global_warp(void) { return global_thread() / WARP; }
 __device__ static inline int lane(void) { return (int)(threadIdx.x % WARP); }
+DEVICE static inline int min32(int a, int b) { return a < b ? a : b; }
+DEVICE static inline int max32(int a, int b) { return a > b ? a : b; }
 
 __device__ static inline float warp_sum(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
@@ -239,6 +241,14 @@ static void gpu_linear_backward(F *dinp, int64_t dinp_row, float *dweight, const
 // ----------------------------------------------------------------------------
 // Tensor cores and asynchronous copies, as functions. CUDA on the CPU has its own.
 
+// Code for Hopper's own instructions: kernels of these are empty, and what they call is not called, where another architecture is compiled.
+#if defined __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER_CODE 1
+#else
+#define HOPPER_CODE 0
+#endif
+#define HOPPER_DEVICE [[maybe_unused]] __device__
+
 #ifdef CUDA_ON_CPU
 static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_16816(d, a, b); }
 static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, false); }
@@ -250,7 +260,7 @@ template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(L
 static inline float power_of_2(float x) { return exp2f(x); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
 template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
-template <int N, int TURNED> static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) { emu_wgmma(d, N, a, 0, b, add, TURNED); }
+template <int N> static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b) { emu_wgmma(d, N, a, 0, b, 1, true); }
 static inline void wgmma_begin(void) {}
 static inline void wgmma_commit(void) { emu_wgmma_commit(); }
 template <int LEFT> static inline void wgmma_wait(void) { emu_wgmma_wait(LEFT); }
@@ -301,13 +311,13 @@ __device__ static inline float power_of_2(float x) {
 // What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
 // threads do other work; copies of boxes by the copy engine; barriers in shared memory that count arrivals and bytes.
 //
-// d (64,N) = [d +] a (64,16) · b (16,N), bf16 into f32. Factors in shared memory are named by a descriptor (swizzled_matrix), a also may come in
-// registers. Warp w of the four holds rows 16w .. 16w+15 of d, in each group of 8 columns as mma_16816 does. TURNED: b lies as (16,N) in memory,
-// with N along its rows, else as (N,16). Between issue and wgmma_wait nothing may touch d, nor a in registers.
+// d (64,N) = [d +] a (64,16) · b (16,N), bf16 into f32. Warp w of the four holds rows 16w .. 16w+15 of d, in each group of 8 columns as mma_16816 does.
+// Factors in shared memory are named by a descriptor (swizzled_matrix). wgmma: a lies as (64,16), b as (N,16). wgmma_turned: a is in registers, as for
+// mma_16816, b lies as (16,N), and the product is added. Between issue and wgmma_wait nothing may touch d, nor a in registers.
 template <int N> __device__ static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add);
-template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add);
+template <int N> __device__ static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b);
 
-template <> __device__ inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+template <> HOPPER_DEVICE inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -318,19 +328,19 @@ template <> __device__ inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t
                    "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
                  : "l"(a), "l"(b), "r"(add));
 }
-template <int TURNED> __device__ static inline void wgmma_64(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+template <> HOPPER_DEVICE inline void wgmma_turned<64>(float (*d)[4], const unsigned a[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-                 "}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;}"
+                 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
                  : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
                    "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
                    "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
                    "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-template <> __device__ inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+template <> HOPPER_DEVICE inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
@@ -347,13 +357,13 @@ template <> __device__ inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_
                    "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
                  : "l"(a), "l"(b), "r"(add));
 }
-template <int TURNED> __device__ static inline void wgmma_128(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+template <> HOPPER_DEVICE inline void wgmma_turned<128>(float (*d)[4], const unsigned a[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
                  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
                  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-                 "}, {%64,%65,%66,%67}, %68, add, 1, 1, %70;}"
+                 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
                  : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
                    "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
                    "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
@@ -362,17 +372,12 @@ template <int TURNED> __device__ static inline void wgmma_128(float (*d)[4], con
                    "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
                    "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
                    "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
-}
-template <int N, int TURNED> __device__ static inline void wgmma(float (*d)[4], const unsigned a[4], uint64_t b, int add) {
-    static_assert(N == 64 || N == 128, "the widths that are written out above");
-    if constexpr (N == 64) wgmma_64<TURNED>(d, a, b, add);
-    else wgmma_128<TURNED>(d, a, b, add);
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 // Registers that were written since the last product may be its factors and sums. Products up to wgmma_commit are a group; wgmma_wait<LEFT> waits
 // until at most LEFT groups are on their way, and wgmma_done tells the compiler that a result is new from there on.
-__device__ static inline void wgmma_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ static inline void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+HOPPER_DEVICE static inline void wgmma_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+HOPPER_DEVICE static inline void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ static inline void wgmma_wait(void) { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
 template <int N> __device__ static inline void wgmma_done(float (*d)[4]) {
     #pragma unroll
@@ -380,15 +385,15 @@ template <int N> __device__ static inline void wgmma_done(float (*d)[4]) {
 }
 
 // A barrier's phase ends when `arrivals` have arrived and all expected bytes have come; waiting is for the end of the phase of that parity.
-__device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
+HOPPER_DEVICE static inline void barrier_init(uint64_t *barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+HOPPER_DEVICE static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ static inline void barrier_arrive(uint64_t *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory"); }
-__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
+HOPPER_DEVICE static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
+HOPPER_DEVICE static inline void barrier_wait(uint64_t *barrier, int parity) {
     int done;
     do {
         asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
@@ -396,15 +401,15 @@ __device__ static inline void barrier_wait(uint64_t *barrier, int parity) {
     } while (!done);
 }
 // The box of the map at these coordinates, in rows of 128 bytes whose chunks of 16 are mixed up as chunk_of<64> does.
-__device__ static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
+HOPPER_DEVICE static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];"
                  :: "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(token), "r"(batch) : "memory");
 }
 // What this thread has written to shared memory, or read there, comes before what matrix products and copy engine do after the next barrier.
-__device__ static inline void shared_written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+HOPPER_DEVICE static inline void shared_written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Barriers among some of a block's threads: `threads` in all arrive, and those that sync wait for the rest.
-__device__ static inline void threads_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
-__device__ static inline void threads_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+HOPPER_DEVICE static inline void threads_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+HOPPER_DEVICE static inline void threads_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
 // A warpgroup that copies leaves registers to those that compute.
 template <int N> __device__ static inline void registers_fewer(void) { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> __device__ static inline void registers_more(void) { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
@@ -1481,30 +1486,31 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
 }
 
 // A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
-typedef struct Choice { int *idx; const float *weights; int64_t t, first, last; } Choice;
+typedef struct Choice { int *idx; const float *weights; int first, last, visible, pieces, per_block; } Choice;
 
 // 0: there is no such row, or nothing to choose in it: it takes all its blocks.
 __device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
     x->idx = block_idx + row * sel->n;
     x->weights = weights + i * s->Tk;
-    x->t = t;
     x->first = sel->n_init;
-    x->last = blocks - sel->n_local;
+    x->last = (int)blocks - sel->n_local;
+    x->visible = (int)compressed_seen(t, sel->cmp_block, sel->cmp_stride);
+    x->pieces = sel->cmp_block / sel->cmp_stride;
+    x->per_block = sel->sel_block / sel->cmp_stride;
     if (i >= rows) return 0;
     for (int j = lane(); j < sel->n && blocks <= sel->n; j += WARP) x->idx[j] = j < blocks ? j : -1;
     if (blocks <= sel->n) return 0;
     for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
-    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = (int)(x->last + j);
+    for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = x->last + j;
     return 1;
 }
 
 // Eq. 9 of block j.
-__device__ static inline float importance_of(const Choice *x, int64_t j, const SelectShape *sel) {
-    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    const int64_t end = min64((j + 1) * per_block, compressed_seen(x->t, sel->cmp_block, sel->cmp_stride));
+__device__ static inline float importance_of(const Choice *x, int j) {
+    const int end = min32((j + 1) * x->per_block, x->visible);
     float sum = 0;
-    for (int64_t i = max64(0, j * per_block - pieces + 1); i < end; i++) sum += x->weights[i] * (float)pieces_inside(i, j, sel);
+    for (int i = max32(0, j * x->per_block - x->pieces + 1); i < end; i++) sum += x->weights[i] * (float)(int)pieces_inside(i, j, x->pieces, x->per_block);
     return sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
 }
 
@@ -1517,12 +1523,12 @@ __global__ void select_few_kernel(int *block_idx, const float *weights, int64_t 
     const int wanted = sel.n - sel.n_init - sel.n_local;
     unsigned kept = 0;      // bits of an importance, plus 1
     int kept_at = INT_MAX;
-    for (int64_t j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
+    for (int j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
         unsigned value[STRETCH], highest = 0;
         #pragma unroll
         for (int u = 0; u < STRETCH; u++) {
-            const int64_t j = j0 + u * WARP + lane();
-            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j, &sel)) + 1 : 0;
+            const int j = j0 + u * WARP + lane();
+            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j)) + 1 : 0;
             highest = value[u] > highest ? value[u] : highest;
         }
         const unsigned least = __reduce_min_sync(~0u, lane() < wanted ? kept : ~0u);
@@ -1534,14 +1540,14 @@ __global__ void select_few_kernel(int *block_idx, const float *weights, int64_t 
             int at = kept_at;
             #pragma unroll
             for (int u = 0; u < STRETCH; u++)
-                if (value[u] > best) best = value[u], at = (int)j0 + u * WARP + lane();
+                if (value[u] > best) best = value[u], at = j0 + u * WARP + lane();
             const unsigned all_best = __reduce_max_sync(~0u, best);
             const int all_at = (int)__reduce_min_sync(~0u, best == all_best ? (unsigned)at : ~0u);
             if (lane() == place) new_kept = all_best, new_at = all_at;
             if (kept_at == all_at) kept = 0;
             #pragma unroll
             for (int u = 0; u < STRETCH; u++)
-                if ((int)j0 + u * WARP + lane() == all_at) value[u] = 0;
+                if (j0 + u * WARP + lane() == all_at) value[u] = 0;
         }
         kept = new_kept;
         kept_at = new_at;
@@ -1558,7 +1564,7 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
     const int64_t first = x.first, last = x.last;
     int *idx = x.idx;
     float *score = importance + global_warp() * (s.T / sel.sel_block + 1);
-    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j, &sel);
+    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j);
     __syncwarp();
     for (int place = sel.n - sel.n_init - sel.n_local; place > 0; place--) {
         float best = -0.5f;
@@ -1609,8 +1615,6 @@ static int fast_attention(const AttentionShape *s, const Mask *mask) {
     const int64_t rows = s->T * (s->H / s->KV), keys = s->Tk * (mask->kind == MASK_COMPRESSED ? mask->stride : 1);
     return wide && s->q_row % 8 == 0 && s->k_row % 8 == 0 && s->v_row % 8 == 0 && rows < INT_MAX / 2 && keys < INT_MAX / 2;
 }
-
-DEVICE static inline int min32(int a, int b) { return a < b ? a : b; }
 
 __device__ static inline unsigned two_bf16(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -2460,18 +2464,12 @@ static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16
 }
 
 // ----------------------------------------------------------------------------
-// The same on Hopper, where the keys of a query are a range: wgmma instead of mma.sync, which reaches 3/4 of the matrix units there at best.
+// The same on Hopper (sm_90a): wgmma instead of mma.sync, which reaches 3/4 of the matrix units there at best.
 // A block is a warpgroup that copies and two or three that compute, 64 rows each: tiles come by the copy engine into rings of buffers, `full` and `empty`
 // barriers pass them to and fro, and while one warpgroup is at its exponentials the others keep the matrix units busy (FlashAttention-3, Shah et al. 2024).
 //
 // A tile of rows is whole tokens with all heads of a group: a box (64 channels, G heads, tokens) of q as it lies in memory. Where G does not
 // divide the tile's rows, the last ones stay empty.
-
-#if defined __CUDA_ARCH_FEAT_SM90_ALL
-#define HOPPER_CODE 1
-#else
-#define HOPPER_CODE 0       // another architecture is compiled: these kernels are empty there
-#endif
 
 enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
 struct alignas(1024) SharedKilobyte { unsigned char bytes[1024]; };     // what a swizzled tile must be aligned to
@@ -2481,6 +2479,7 @@ __global__ void hopper_code_kernel(int *there) { *there = HOPPER_CODE; }
 static int hopper_code(void) {
     static int there = -1;
     if (there >= 0) return there;
+    device_open();
     int *on_device = (int *)device_malloc(sizeof there);
     if (gpu.major == 9 && gpu.minor == 0) hopper_code_kernel<<<1, 1>>>(on_device);
     LAUNCHED();
@@ -2489,8 +2488,8 @@ static int hopper_code(void) {
     return there;
 }
 
-// 1 if this tier takes the shape, which fast_attention has let pass. Selection is here for backward alone, where blocks fill the 64 rows of wgmma
-// and a group of heads is enough for a box of its own.
+// 1 if this tier takes the shape, which fast_attention has let pass. Of selection, where blocks fill most of the 64 rows of
+// wgmma and the heads of a group are enough for a box of their own.
 static int hopper_attention(const AttentionShape *s, const Mask *mask) {
     const int64_t G = s->H / s->KV;
     if (mask->kind == MASK_SELECTED && (mask->sel_block <= SLAB_ROWS / 2 || G < 4)) return 0;
@@ -2532,10 +2531,10 @@ __device__ static inline void copy_tile(bf16 *tile, int rows, const CUtensorMap 
     #pragma unroll
     for (int panel = 0; panel < W / PANEL; panel++) copy_box(tile + panel * rows * PANEL, map, panel * PANEL, head, token, b, full);
 }
-__device__ static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
+HOPPER_DEVICE static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
 
 // A factor of wgmma: from this place of a tile on. Groups of 8 rows follow each other, a panel follows `rows` rows.
-__device__ static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
+HOPPER_DEVICE static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
     return (uint64_t)(shared_address(at) >> 4) | (uint64_t)(rows * PANEL * 2 >> 4) << 16 | (uint64_t)(8 * PANEL * 2 >> 4) << 32 | (uint64_t)1 << 62;
 }
 // d (64,N) = left (64,W), of a tile of left_rows, · (N rows of another)ᵀ
@@ -2551,8 +2550,11 @@ __device__ static inline void slab_times_turned(float (*d)[4], const bf16 *left,
 template <int W, int ROWS>
 __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*left)[4], const bf16 *tile) {
     #pragma unroll
-    for (int step = 0; step < ROWS / 16; step++) wgmma<W, 1>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS), 1);
+    for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS));
 }
+
+// A warp has done with a buffer.
+HOPPER_DEVICE static inline void let_go(uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); }
 
 // Where one stands in a ring of N buffers, and the parity of the round.
 template <int N>
@@ -2593,7 +2595,8 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 // Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
-enum { MERGE_REGISTERS = 40, MERGED_REGISTERS = 232 };      // where the warps that copy have lists to merge
+enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge
+template <int SLABS> constexpr int merged_registers = SLABS == 2 ? 232 : 152;
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
 template <int DV>
@@ -2681,7 +2684,6 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
     const float scale2 = LOG2E / sqrtf((float)D);
     const auto take_turn = [&] { threads_sync(1 + slab, 2 * WARPGROUP); };
     const auto pass_turn = [&] { threads_arrive(1 + (slab + 1) % SLABS, 2 * WARPGROUP); };
-    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
     if (slab == SLABS - 1) pass_turn();
 
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
@@ -2808,9 +2810,10 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 // gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
 // multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
 
+template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
+template <int SLABS>
 // The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
 // L2 cache.
-template <int SLABS>
 __device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
     const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
     const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
@@ -2846,49 +2849,51 @@ struct BlockMerge {
 };
 struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
 
-template <int D, int DV>
-struct HopperSelected {
-    enum { SLABS = 2, KEYS = SLAB_ROWS, STAGES = D == 64 ? 6 : 3, THREADS = (SLABS + 1) * WARPGROUP };
-    enum { SLAB_BYTES = (SLAB_ROWS * D + STAGES * KEYS * (D + DV)) * 2, SLAB_BARRIERS = 2 + 4 * STAGES };
-    enum { BYTES = SLABS * (SLAB_BYTES + SLAB_BARRIERS * 8 + STAGES * (int)sizeof(Chosen)) };
-};
+// A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
+template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
+struct SelectedSlab {
+    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
+    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
+    bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
+    uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
+    Chosen *chosen;
 
-template <int D, int DV>
-__global__ void __launch_bounds__(HopperSelected<D, DV>::THREADS, 1)
-hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
-    #if HOPPER_CODE
-    typedef HopperSelected<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
-    extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, tokens = SLAB_ROWS / G;
-    const int slab = group ? group - 1 : threadIdx.x / WARP;        // whom a warp that copies does it for
-    bf16 *q_tile = (bf16 *)((unsigned char *)hopper_shared + slab * Plan::SLAB_BYTES), *key_tiles = q_tile + SLAB_ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
-    uint64_t *q_full = (uint64_t *)((unsigned char *)hopper_shared + SLABS * Plan::SLAB_BYTES) + slab * Plan::SLAB_BARRIERS, *q_empty = q_full + 1;
-    uint64_t *k_full = q_empty + 1, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
-    Chosen *chosen = (Chosen *)((unsigned char *)hopper_shared + SLABS * (Plan::SLAB_BYTES + Plan::SLAB_BARRIERS * 8)) + slab * STAGES;
-    if (group == 0 && slab < SLABS && lane() == 0) {
+    __device__ void begin(SharedKilobyte *shared, int slab) {
+        unsigned char *memory = (unsigned char *)shared;
+        q_tile = (bf16 *)(memory + slab * TILES);
+        dout_tile = q_tile + SLAB_ROWS * D;
+        key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
+        value_tiles = key_tiles + K_STAGES * KEYS * D;
+        q_full = (uint64_t *)(memory + SLABS * TILES) + slab * BARRIERS;
+        q_empty = q_full + 1;
+        k_full = q_empty + 1, k_empty = k_full + K_STAGES;
+        v_full = k_empty + K_STAGES, v_empty = v_full + V_STAGES;
+        chosen = (Chosen *)(memory + SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
+    }
+    __device__ void make_barriers() const {     // every warp lets go
         barrier_init(q_full, 1), barrier_init(q_empty, 4);
-        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4), barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
+        for (int i = 0; i < K_STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4);
+        for (int i = 0; i < V_STAGES; i++) barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
         barriers_ready();
     }
-    __syncthreads();
-    RowTile x;
-    Ring<1> q_ring;
-    Ring<STAGES> k_ring, v_ring;
-
-    if (group == 0) {
-        registers_fewer<MERGE_REGISTERS>();
-        if (slab >= SLABS) return;
-        for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+    // All that the warp that copies does.
+    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
+                          const AttentionShape *s) const {
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G;
+        RowTile x;
+        Ring<1> q_ring;
+        Ring<K_STAGES> k_ring;
+        Ring<V_STAGES> v_ring;
+        for (int round = 0; query_group<SLABS>(&x, round, slab, s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
             if (lane() == 0) {
-                barrier_expect(q_full, tokens * G * D * 2);
-                copy_tile<D>(q_tile, SLAB_ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
+                barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
+                copy_tile<D>(q_tile, SLAB_ROWS, q_map, x.b, x.t0, x.kv * G, q_full);
+                if (DOUT) copy_tile<DV>(dout_tile, SLAB_ROWS, dout_map, x.b, x.t0, x.kv * G, q_full);
             }
             q_ring.next();
             BlockMerge merge;
-            merge.begin(&x, &mask, &s);
+            merge.begin(&x, mask, s);
             for (int more = 1; more;) {
                 Chosen next;
                 next.block = merge.next(&next.choosers);
@@ -2896,48 +2901,86 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
                 if (lane() == 0) {
                     chosen[k_ring.at] = next;
-                    if (more) barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                    else barrier_arrive(k_full + k_ring.at);
-                    if (more) copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                    if (more) {
+                        barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                        copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                    } else {
+                        barrier_arrive(k_full + k_ring.at);
+                    }
                 }
                 k_ring.next();
                 if (!more) continue;
                 barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
                 if (lane() == 0) {
                     barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
                 }
                 v_ring.next();
             }
         }
+    }
+    // What was chosen with the tile of keys `at`. The broadcast shows the compiler that it is the same for the whole warp.
+    __device__ Chosen chosen_at(int at) const {
+        const Chosen now = {__shfl_sync(~0u, chosen[at].block, 0), __shfl_sync(~0u, chosen[at].choosers, 0)};
+        return now;
+    }
+};
+// The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
+struct GroupRows { int query[2]; unsigned queries; };
+HOPPER_DEVICE static inline GroupRows group_rows(int G) {
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
+    return rows;
+}
+HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
+
+template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
+
+template <int D, int DV>
+__global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
+hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                               const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
+    SelectedForward<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
+        registers_fewer<MERGE_REGISTERS>();
+        if (slab < SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
-    registers_more<MERGED_REGISTERS>();
+    registers_more<merged_registers<SLABS>>();
     const float scale2 = LOG2E / sqrtf((float)D);
-    const auto let_go = [&](uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); };
-    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, query[2] = {(first + lane() / 4) / G, (first + lane() / 4 + 8) / G};
+    const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const GroupRows of = group_rows(G);
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<STAGES> k_ring, v_ring;
     for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
-        const FastRows rows = {x.b, x.kv, x.t0 * G + first, min32(x.t0 + tokens, (int)s.T) * G - 1};
+        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
         Chosen now;
 
         const auto next_block = [&] {
-            barrier_wait(k_full + k_ring.at, k_ring.parity);
-            now.block = __shfl_sync(~0u, chosen[k_ring.at].block, 0);       // so that the compiler sees: the same for the whole warp
-            now.choosers = __shfl_sync(~0u, chosen[k_ring.at].choosers, 0);
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            now = my.chosen_at(k_ring.at);
             return now.block >= 0;
         };
         const auto issue_scores = [&] {
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, q_tile, SLAB_ROWS, key_tiles + k_ring.at * KEYS * D, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + k_ring.at * KEYS * D, KEYS);
             wgmma_commit();
         };
         const auto issue_values = [&] {
-            barrier_wait(v_full + v_ring.at, v_ring.parity);
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
+            factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
         const auto exponentials = [&] {
@@ -2947,18 +2990,18 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = -INFINITY;
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2]) p[n][e] = -INFINITY;
             }
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int member = query[i] < WARP && (now.choosers >> query[i] & 1);
                 float higher = top[i];
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
                 higher = quad_max(higher);
+                const int member = chose(&now, of.query[i]);
                 const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
                 shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
-                if (member) top[i] = higher;
+                top[i] = member ? higher : top[i];
                 float more_sum = 0;
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
@@ -2970,18 +3013,18 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 sum[i] = sum[i] * shrink[i] + more_sum;
             }
         };
-        const auto as_weights = [&] {
+        const auto as_weights = [&] {       // when no product reads the old ones any more
             #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
         };
 
-        barrier_wait(q_full, q_ring.parity);
+        barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
         next_block();       // every query has one
         issue_scores();
         wgmma_wait<0>();
         wgmma_done<KEYS>(p);
-        let_go(k_empty + k_ring.at);
+        let_go(my.k_empty + k_ring.at);
         k_ring.next();
         exponentials();
         as_weights();
@@ -2990,12 +3033,12 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             issue_values();
             wgmma_wait<1>();
             wgmma_done<KEYS>(p);
-            let_go(k_empty + k_ring.at);
+            let_go(my.k_empty + k_ring.at);
             k_ring.next();
             exponentials();
             wgmma_wait<0>();
             wgmma_done<DV>(o);
-            let_go(v_empty + v_ring.at);
+            let_go(my.v_empty + v_ring.at);
             v_ring.next();
             #pragma unroll
             for (int n = 0; n < DV / 8; n++)
@@ -3003,17 +3046,17 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                 for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
             as_weights();
         }
-        let_go(k_empty + k_ring.at);
+        let_go(my.k_empty + k_ring.at);
         k_ring.next();
         issue_values();
         wgmma_wait<0>();
         wgmma_done<DV>(o);
-        let_go(v_empty + v_ring.at);
+        let_go(my.v_empty + v_ring.at);
         v_ring.next();
-        store_rows<DV>(out, lse, o, top, sum, q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
         shared_written();
         __syncwarp();
-        let_go(q_empty);
+        let_go(my.q_empty);
     }
     #endif
 }
@@ -3026,7 +3069,7 @@ static unsigned query_group_blocks(const AttentionShape *s) {
 
 template <int D, int DV>
 static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    typedef HopperSelected<D, DV> Plan;
+    typedef SelectedForward<D, DV> Plan;
     allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
     hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
         out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
@@ -3059,6 +3102,22 @@ __global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const flo
     for (int i = 0; i < 8; i++) y += (float)a.of[i] * (float)b.of[i];
     for (int step = LANES / 2; step > 0; step /= 2) y += __shfl_xor_sync(~0u, y, step);
     if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
+}
+
+// The end of a warp's rows: dq = or += sum·scale; four lanes write 32 bytes, which is what memory is written in.
+template <int D>
+__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], float scale, const FastRows *rows, const AttentionShape *s) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = rows->first + lane() / 4 + i * 8;
+        if (row > rows->last) continue;
+        float2 *to = (float2 *)(dq + place_of_row(rows, row, s) * D + lane() % 4 * 2);
+        #pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
+            to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
+        }
+    }
 }
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
@@ -3132,7 +3191,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
             wgmma_commit();
             wgmma_wait<1>();        // the scores, and before them the last tile's sum
             wgmma_done<KEYS>(p);
-            if (i > 0 && lane() == 0) barrier_arrive(empty + last);
+            if (i > 0) let_go(empty + last);
             last = ring.at;
             const int k0 = x.k0 + i * KEYS, masked = k0 < seen.all_lo || k0 + KEYS > seen.all_hi;
             #pragma unroll
@@ -3162,21 +3221,100 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         }
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        if (x.steps > 0 && lane() == 0) barrier_arrive(empty + last);
-        if (lane() == 0) barrier_arrive(q_empty);
+        if (x.steps > 0) let_go(empty + last);
+        let_go(q_empty);
         q_ring.next();
 
+        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
+    }
+    #endif
+}
+
+// The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
+template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
+
+template <int D, int DV>
+__global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
+hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+    #if HOPPER_CODE
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
+    SelectedDq<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
+        registers_fewer<MERGE_REGISTERS>();
+        if (slab < SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
+        return;
+    }
+
+    registers_more<merged_registers<SLABS>>();
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
+    const GroupRows of = group_rows(G);
+    RowTile x;
+    Ring<1> q_ring;
+    Ring<3> k_ring;
+    Ring<2> v_ring;
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
+        float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
+        unsigned slopes[KEYS / 16][4];
+        RowStats of_row[2];
         #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = rows.first + lane() / 4 + i * 8;
-            if (row > rows.last) continue;
-            float2 *to = (float2 *)(dq + place_of_row(&rows, row, &s) * D + lane() % 4 * 2);
+        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
+        barrier_wait(my.q_full, q_ring.parity);
+        q_ring.next();
+        int last = -1;      // the tile of keys before this one
+        for (;;) {
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            const Chosen now = my.chosen_at(k_ring.at);
+            if (now.block < 0) break;
+            const bf16 *key_tile = my.key_tiles + k_ring.at * KEYS * D;
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
+            wgmma_begin();
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
+            wgmma_commit();
+            slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
+            wgmma_commit();
+            wgmma_wait<0>();        // and before them the last tile's sum
+            wgmma_done<KEYS>(p);
+            wgmma_done<KEYS>(dp);
+            if (last >= 0) let_go(my.k_empty + last);
+            let_go(my.v_empty + v_ring.at);
+            last = k_ring.at;
+            k_ring.next();
+            v_ring.next();
             #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
-                to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
+            for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
+            if (now.choosers & of.queries) {
+                const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+                const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    float ds[2][4];
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
+                        ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
+                    }
+                    as_left_factor(slopes[n / 2], ds);
+                }
             }
+            wgmma_begin();
+            factor_times_rows<D, KEYS>(sum, slopes, key_tile);
+            wgmma_commit();
         }
+        let_go(my.k_empty + k_ring.at);
+        k_ring.next();
+        wgmma_wait<0>();
+        wgmma_done<D>(sum);
+        let_go(my.k_empty + last);
+        let_go(my.q_empty);
+        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
     }
     #endif
 }
@@ -3331,7 +3469,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_wait<0>();
         wgmma_done<DV>(dvs);
         wgmma_done<D>(dks);
-        if (lane() == 0) barrier_arrive(empty + ring.at);
+        let_go(empty + ring.at);
         if (LISTED) ring.next();
     }
     if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
@@ -3403,6 +3541,17 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
     LAUNCHED();
 }
 
+template <int D, int DV>
+static void hopper_selected_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                                        const AttentionShape *s) {
+    typedef SelectedDq<D, DV> Plan;
+    allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        dq, accumulate, stats, query_map(q, D, s->q_row, s, SLAB_ROWS), query_map(dout, DV, s->H * DV, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS),
+        key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
+    LAUNCHED();
+}
+
 template <int D, int DV, int LISTED>
 static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
                                 const AttentionShape *s, const Takers *takers, float *partial) {
@@ -3431,7 +3580,8 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
     RowStats *stats = (RowStats *)(partial + hopper_parts(s, mask));
     hopper_stats_kernel<DV><<<grid(rows * (DV / 8), THREADS), THREADS>>>(stats, dout, gate, out, lse, rows);
     LAUNCHED();
-    if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
     else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);

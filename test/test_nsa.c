@@ -897,21 +897,19 @@ static void test_choice(void) {
 }
 
 static void test_pieces(void) {
-    const SelectShape paper = {32, 16, 64, 16, 1, 2};
     const int known[] = {0, 1, 2, 2, 2, 1, 0};
     for (int64_t j = 1; j < 4; j++)
         for (int64_t i = 0; i < 7; i++)
-            check(pieces_inside(4 * j - 2 + i, j, &paper) == known[i], "weights 1,2,2,2,1 of the paper: block %d of %d", (int)i, (int)j);
+            check(pieces_inside(4 * j - 2 + i, j, 2, 4) == known[i], "weights 1,2,2,2,1 of the paper: block %d of %d", (int)i, (int)j);
     const int shapes[][3] = {{32, 16, 64}, {16, 16, 16}, {8, 2, 12}, {6, 3, 9}, {12, 4, 12}, {5, 1, 7}, {1, 1, 1}, {1, 1, 4}};
     for (int k = 0; k < 8; k++) {
         const int l = shapes[k][0], d = shapes[k][1], b = shapes[k][2];
-        const SelectShape s = {l, d, b, 4, 1, 1};
         int wrong = 0;
         for (int i = 0; i < 40; i++)
             for (int j = 0; j < 20; j++) {
                 int count = 0;      // pieces of d tokens whose first token, hence all, lies in block j
                 for (int piece = 0; piece < l / d; piece++) count += (i * d + piece * d) / b == j;
-                wrong += pieces_inside(i, j, &s) != count;
+                wrong += pieces_inside(i, j, l / d, b / d) != count;
             }
         check(wrong == 0, "pieces_inside for l %d, d %d, l' %d: %d wrong", l, d, b, wrong);
     }
