@@ -180,6 +180,8 @@ build/test_sample_cu: test/test_sample.cu test/test_sample.c sample.c $(TEST_HEA
 $(KERNELS): build/%: dev/cuda/%.cu $(TEST_HEADERS) $(CU_SOURCES)
 	$(NVCC) $(NVCC_ALL) $< -o $@ -lcublasLt
 
+build/decode: sample.c
+
 # the GPU against the CPU
 test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu $(KERNELS)
 	@sh test/run_tests.sh build/test_nsa_cu build/test_sample_cu $(KERNELS) test/gpu.sh
@@ -201,6 +203,7 @@ build/test_nsa_cu_emulated: build/emulated/test/test_nsa.cu $(TEST_HEADERS) $(TR
 	$(EMULATED) $< -o $@
 $(KERNELS:%=%_emulated): build/%_emulated: build/emulated/dev/cuda/%.cu build/emulated/dev/cuda/bench.h $(TEST_HEADERS) $(TRANSLATED)
 	$(EMULATED) $< -o $@
+build/decode_emulated: build/emulated/sample.c
 build/samplecu_emulated: build/emulated/sample.c $(TRANSLATED)
 	$(EMULATED) -DNSA_CU $< -o $@
 build/test_sample_cu_emulated: build/emulated/test/test_sample.cu build/emulated/test/test_sample.c build/emulated/sample.c $(TEST_HEADERS) $(TRANSLATED)

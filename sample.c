@@ -37,12 +37,13 @@ SPDX-License-Identifier: MIT
 // ----------------------------------------------------------------------------
 // 1. What is kept
 
-// Keys (rows,KV,slots,D) and values (rows,KV,slots,Dv): what one query reads lies together.
-typedef struct KeyCache { real *k, *v; int64_t slots; } KeyCache;
+// Keys (rows,KV,slots,D) and values (rows,KV,slots,Dv): what one query reads lies together. Their numbers are `real`, and with
+// samplecu --dtype bf16 bf16.
+typedef struct KeyCache { void *k, *v; int64_t slots; } KeyCache;
 
 typedef struct LayerCache {
     KeyCache branch[BRANCHES];      // a full-attention layer has the first one only, for every token
-    real *tail[2];                  // (rows,l,KV·D), (rows,l,KV·Dv): raw k_cmp and v_cmp that later blocks need
+    void *tail[2];                  // (rows,l,KV·D), (rows,l,KV·Dv): raw k_cmp and v_cmp that later blocks need
 } LayerCache;
 
 typedef struct Decoder {
@@ -59,8 +60,8 @@ void decoder_open(Decoder *d);                                  // what does not
 void decoder_close(Decoder *d);
 void decoder_room(Decoder *d);                                  // what does
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens);
-real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width);    // the same lists with more slots
-void lists_free(real *lists);
+void *lists_grow(void *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t slot_bytes);    // the same lists with more slots
+void lists_free(void *lists);
 void prefill_begin(Decoder *d, const int *tokens, int64_t T);   // the prompt into the first layer,
 void prefill_layer(Decoder *d, int layer, int64_t T);           // through a layer, and what that leaves into the caches
 void prompt_choices(const Decoder *d, int layer, int64_t T, int *block_idx, real *gates);       // (T,KV,n), (T,H,3) of that layer
@@ -74,11 +75,14 @@ int64_t cache_slots(const Config *c, int layer, int branch, int64_t capacity) {
 
 static inline int cache_branches(const Config *c, int layer) { return layer_is_full(c, layer) ? 1 : BRANCHES; }
 
+// Bytes of a number in the caches.
+static inline int64_t cache_number(const Config *c) { return ON_GPU && c->torch_dtype == DTYPE_BF16 ? 2 : (int64_t)sizeof(real); }
+
 // Bytes of the caches by kind, by branch and then full-attention layers, for `tokens` tokens.
 enum { CACHE_FULL = BRANCHES, CACHE_KINDS };
 
 void cache_bytes(int64_t bytes[CACHE_KINDS], const Config *c, int rows, int64_t tokens) {
-    const int64_t width = (int64_t)rows * c->num_key_value_heads * (c->head_dim + c->v_head_dim) * (int64_t)sizeof(real);
+    const int64_t width = (int64_t)rows * c->num_key_value_heads * (c->head_dim + c->v_head_dim) * cache_number(c);
     memset(bytes, 0, CACHE_KINDS * sizeof bytes[0]);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         for (int b = 0; b < cache_branches(c, l); b++)
@@ -139,15 +143,15 @@ int64_t peak_memory(const Decoder *d) {
 #endif
 }
 
-real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width) {
-    real *grown = (real *)xmalloc((size_t)(lists * slots * width) * sizeof(real));
+void *lists_grow(void *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t slot_bytes) {
+    char *grown = (char *)xmalloc((size_t)(lists * slots * slot_bytes));
     for (int64_t i = 0; i < lists && old; i++)
-        memcpy(grown + i * slots * width, old + i * old_slots * width, (size_t)(old_slots * width) * sizeof(real));
+        memcpy(grown + i * slots * slot_bytes, (const char *)old + i * old_slots * slot_bytes, (size_t)(old_slots * slot_bytes));
     free(old);
     return grown;
 }
 
-void lists_free(real *lists) { free(lists); }
+void lists_free(void *lists) { free(lists); }
 
 // Puts x (n,KV,width), x_row apart, into slots `first` and on of one row's lists (KV,slots,width); a ring goes round.
 void lists_put(real *lists, int64_t slots, int64_t first, const real *x, int64_t x_row, int64_t n, int kv, int64_t width) {
@@ -159,8 +163,8 @@ void lists_put(real *lists, int64_t slots, int64_t first, const real *x, int64_t
 void cache_put(KeyCache *cache, const Config *c, int row, int64_t first, const real *k, int64_t k_row,
                       const real *v, int64_t v_row, int64_t n) {
     const int KV = c->num_key_value_heads;
-    lists_put(cache->k + row * KV * cache->slots * c->head_dim, cache->slots, first, k, k_row, n, KV, c->head_dim);
-    lists_put(cache->v + row * KV * cache->slots * c->v_head_dim, cache->slots, first, v, v_row, n, KV, c->v_head_dim);
+    lists_put((real *)cache->k + row * KV * cache->slots * c->head_dim, cache->slots, first, k, k_row, n, KV, c->head_dim);
+    lists_put((real *)cache->v + row * KV * cache->slots * c->v_head_dim, cache->slots, first, v, v_row, n, KV, c->v_head_dim);
 }
 
 // Raw k_cmp and v_cmp of n tokens, from place `at` of the tail on.
@@ -168,7 +172,7 @@ void tail_put(LayerCache *cache, const Config *c, int row, int64_t at, const rea
     for (int i = 0; i < 2; i++) {
         const int64_t width = (int64_t)c->num_key_value_heads * (i ? c->v_head_dim : c->head_dim);
         for (int64_t t = 0; t < n; t++)
-            memcpy(cache->tail[i] + (row * c->cmp_block + at + t) * width, (i ? v : k) + t * x_row, (size_t)width * sizeof(real));
+            memcpy((real *)cache->tail[i] + (row * c->cmp_block + at + t) * width, (i ? v : k) + t * x_row, (size_t)width * sizeof(real));
     }
 }
 
@@ -280,11 +284,11 @@ void compress_tail(Decoder *d, int layer, int64_t t) {
     for (int v = 0; v < 2; v++) {
         const int64_t D = v ? c->v_head_dim : c->head_dim, slots = cache->branch[CMP].slots;
         const CompressShape shape = compress_shape(c, d->rows, l, KV * D, v);
-        real *lists = v ? cache->branch[CMP].v : cache->branch[CMP].k;
-        compress_forward(d->work->compressed, d->work->hidden, cache->tail[v], &m->layers[layer].compress[v], &shape, m->scratch.compress);
+        real *lists = (real *)(v ? cache->branch[CMP].v : cache->branch[CMP].k), *tails = (real *)cache->tail[v];
+        compress_forward(d->work->compressed, d->work->hidden, tails, &m->layers[layer].compress[v], &shape, m->scratch.compress);
         if (!v) rope(d->work->compressed, KV * D, d->work->angles + D, d->rows, 1, 0, (int)KV, (int)D, 1);
         for (int r = 0; r < d->rows; r++) {
-            real *tail = cache->tail[v] + r * l * KV * D;
+            real *tail = tails + r * l * KV * D;
             lists_put(lists + r * KV * slots * D, slots, i, d->work->compressed + r * KV * D, KV * D, 1, (int)KV, D);
             memmove(tail, tail + stride * KV * D, (size_t)((l - stride) * KV * D) * sizeof(real));
         }
@@ -328,7 +332,7 @@ void decode_attention(Decoder *d, int layer) {
         for (int b = 0; b < row.branches; b++) {
             const KeyCache *keys = &cache->branch[b];
             const int64_t all = nsa && b == CMP ? seen : min64(t + 1, keys->slots);
-            const real *k = keys->k + item * keys->slots * D, *v = keys->v + item * keys->slots * Dv;
+            const real *k = (const real *)keys->k + item * keys->slots * D, *v = (const real *)keys->v + item * keys->slots * Dv;
             const int whole = 0;                                    // without a choice, the cache is one block
             const int chosen = nsa && b == SLC;
             attend(a->branch[b] + item * G * Dv, p, d->capacity, q, k, v, chosen ? idx : &whole, chosen ? c->sel_blocks : 1,
@@ -362,41 +366,58 @@ void decode_token(Decoder *d, const int *tokens) {
 
 // ----------------------------------------------------------------------------
 // 3. Decoding on the GPU. One token is one CUDA graph: some ten small kernels a layer, recorded once and launched again for every
-// token. What changes from token to token, the tokens and their position, is the graph's input, which the kernels read from memory;
-// it is recorded anew only when the caches move to a larger place. All that is long is shared out among the whole GPU:
+// token. What changes from token to token, the tokens, their position and what follows from it, is the graph's input, which the kernels
+// read from memory; it is recorded anew only when the caches move to a larger place. There are two graphs: one token in d completes a
+// block of tokens that must be compressed, the others do without these kernels. All that is long is shared out among the whole GPU:
 //
-//     linear           a warp for each output reads its row of the weights once
-//     token_kernel     gates, RoPE, the token's keys and values into the caches
-//     compress_kernel  a block of tokens that is complete becomes a compressed key and value
-//     attend_kernel    a share of one branch's keys, for the heads that have them in common; merge_kernel puts the shares together
-//     select_kernel    which blocks the selection branch reads, from the scores of the compressed branch
+//     linear               a warp for each output reads its row of the weights once
+//     token_kernel         gates, RoPE, the token's keys and values into the caches
+//     flatten, hidden, output      a block of tokens that is complete becomes a compressed key and value
+//     attention            a share of the keys, for the heads that have them in common; merge_kernel puts the shares together
+//     selection            which blocks the selection branch reads, from the scores of the compressed branch
 //
-// No atomics, and shares that depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
+// Weights and caches are F, float or bf16 (--dtype); everything else, the residual stream too, is f32. Attention and selection come in two
+// tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (fast_decode).
+//
+// Nothing is added by atomics, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
 
 #ifdef NSA_CU
 static const char *device_name = "GPU", *memory_name = "GPU memory";
 
 enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blocks and much to do
 
-typedef struct Input { int64_t position; int tokens[]; } Input;     // of the token to come; tokens (rows)
+// What one token reads of a list of keys: a branch's, or those of a full-attention layer. The lists that a launch reads stand one behind
+// the other, and each of its splits takes `share` keys of them.
+typedef struct Reading {
+    int keys, before;               // of this list; of those before it in its launch
+    int share;
+    int first_split, splits;        // those that have keys of this list
+} Reading;
+
+typedef struct Input {              // of the token to come
+    int64_t position;
+    Reading of[CACHE_KINDS];
+    int tokens[];                   // (rows)
+} Input;
 
 // The shares of attention before they are merged: branch, row, head, split. Maximum of the scores, sum of exp, sum of exp · value.
 typedef struct Shares { float *top, *sum, *out; } Shares;
 
 typedef struct Working {
     cudaStream_t stream;
-    cudaGraphExec_t graph;          // NULL: to be recorded
+    cudaGraphExec_t graph[2];       // of a token that completes no block, and of one that does; NULL: to be recorded
     Input *input;                   // in the host's memory
     int64_t free_bytes;             // before anything was taken
     int64_t least_free_bytes;       // since then
-    int splits;                     // shares of each list of keys
-    float *memory;                  // of all that follows, on the GPU
+    int fast;                       // the tier
+    int splits;                     // the most shares of a launch's keys
+    void *memory;                   // of all that follows, on the GPU
     Input *device_input;
     double *frequency;              // (D/2) RoPE: what a pair turns by from one position to the next
     float *angles;                  // (2,D): RoPE of this token, and of the first token of the block it completes
     float *x, *mid;                 // (rows,C) residual stream before and behind attention
     float *wide, *gates;            // (rows,wide), (rows,H,3)
-    float *flat, *hidden, *compressed;          // (rows,KV,2,l·D), (rows,KV,2,2D), (rows,KV,2,D): blocks that are being compressed
+    float *flat[2], *hidden[2];     // (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
     float *scores, *importance;     // (rows,H,slots) of the compressed branch, (rows,KV,blocks)
     int *block_idx;                 // (rows,KV,n)
     Shares parts;
@@ -408,13 +429,52 @@ typedef struct Working {
 } Working;
 
 // What the kernels of attention must know of the model.
-typedef struct DecodeShape { int full, rows, H, KV, G, D, Dv, window, splits; SelectShape select; } DecodeShape;
+typedef struct DecodeShape { int full, rows, H, KV, G, D, Dv, splits; SelectShape select; } DecodeShape;
 
 static DecodeShape decode_shape(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
     const int H = c->num_attention_heads, KV = c->num_key_value_heads;
-    DecodeShape s = {layer_is_full(c, layer), d->rows, H, KV, H / KV, c->head_dim, c->v_head_dim, c->window, d->work->splits, select_shape(c)};
+    DecodeShape s = {layer_is_full(c, layer), d->rows, H, KV, H / KV, c->head_dim, c->v_head_dim, d->work->splits, select_shape(c)};
     return s;
+}
+
+// ----------------------------------------------------------------------------
+// Launches. These kernels are so short that setting up the next one takes as long as running this one. From sm_90 on the two overlap
+// (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun, and they wait where they
+// first touch what others write. Each kernel waits before it does anything else, even return: so all that came before it is done.
+
+#ifdef CUDA_ON_CPU
+static inline void wait_for_previous(void) {}
+static inline void prefetch(const void *) {}
+#else
+__device__ static inline void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Into the L2 cache: for weights, which nobody writes, before the wait.
+__device__ static inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+#endif
+
+template <typename... Parameters, typename... Arguments>
+static void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks, int64_t threads, int64_t shared, Arguments... arguments) {
+#ifdef CUDA_ON_CPU
+    kernel<<<blocks, (unsigned)threads, (size_t)shared, stream>>>(arguments...);
+#else
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = gpu.major >= 9;
+    CUDA(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...));
+#endif
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -422,27 +482,42 @@ static DecodeShape decode_shape(const Decoder *d, int layer) {
 
 enum { LINEAR_ROWS = 8 };       // rows that a warp meets its weights with at once
 
-__device__ static inline float4 load4(const float *x, int64_t left, int aligned) {
-    return aligned ? *(const float4 *)x : make_float4(x[0], left > 1 ? x[1] : 0, left > 2 ? x[2] : 0, left > 3 ? x[3] : 0);
+// N numbers of x, of which there are `left`, as f32.
+template <int N, typename X>
+__device__ static inline void read_numbers(float *to, const X *x, int64_t left, int aligned) {
+    constexpr int P = pack_size<X> < N ? pack_size<X> : N;
+    if (aligned) {
+        #pragma unroll
+        for (int i = 0; i < N; i += P) {
+            const Pack<X, P> pack = load<P>(x + i);
+            #pragma unroll
+            for (int j = 0; j < P; j++) to[i + j] = (float)pack.of[j];
+        }
+    } else {
+        #pragma unroll
+        for (int i = 0; i < N; i++) to[i] = i < left ? (float)x[i] : 0;
+    }
 }
 
 // A warp: dot[r] = Σ_j weight[j]·norm[j]·x[r,j], and with norm square[r] = Σ_j x[r,j]², for `rows` <= ROWS rows of x.
-template <int ROWS>
-__device__ static inline void warp_dots(float *dot, float *square, const float *weight, const float *norm, const float *x, int rows, int64_t c) {
-    const int aligned = c % 4 == 0 && ((uintptr_t)weight | (uintptr_t)norm | (uintptr_t)x) % 16 == 0;
+template <int ROWS, typename F>
+__device__ static inline void warp_dots(float *dot, float *square, const F *weight, const float *norm, const float *x, int rows, int64_t c) {
+    constexpr int N = pack_size<F>;
+    const int aligned = c % N == 0 && ((uintptr_t)weight | (uintptr_t)norm | (uintptr_t)x) % 16 == 0;
     for (int r = 0; r < ROWS; r++) dot[r] = square[r] = 0;
     #pragma unroll 4
-    for (int64_t j = 4 * lane(); j < c; j += 4 * WARP) {
-        float4 w = load4(weight + j, c - j, aligned);
+    for (int64_t j = N * lane(); j < c; j += N * WARP) {
+        float w[N], y[N];
+        read_numbers<N>(w, weight + j, c - j, aligned);
         if (norm) {
-            const float4 g = load4(norm + j, c - j, aligned);
-            w = make_float4(w.x * g.x, w.y * g.y, w.z * g.z, w.w * g.w);
+            read_numbers<N>(y, norm + j, c - j, aligned);
+            for (int i = 0; i < N; i++) w[i] *= y[i];
         }
         for (int r = 0; r < ROWS; r++) {
             if (r >= rows) continue;
-            const float4 y = load4(x + r * c + j, c - j, aligned);
-            dot[r] += w.x * y.x + w.y * y.y + w.z * y.z + w.w * y.w;
-            square[r] += y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w;
+            read_numbers<N>(y, x + r * c + j, c - j, aligned);
+            for (int i = 0; i < N; i++) dot[r] += w[i] * y[i];
+            for (int i = 0; i < N && norm; i++) square[r] += y[i] * y[i];
         }
     }
     for (int r = 0; r < ROWS; r++) {
@@ -451,32 +526,45 @@ __device__ static inline void warp_dots(float *dot, float *square, const float *
     }
 }
 
-__device__ static inline float warp_dot(const float *weight, const float *x, int64_t c) {
+template <typename F>
+__device__ static inline float warp_dot(const F *weight, const float *x, int64_t c) {
     float dot, square;
     warp_dots<1>(&dot, &square, weight, NULL, x, 1, c);
     return dot;
 }
 
 // out (rows,oc) = [add +] [rmsnorm](x (rows,c)) · weight (oc,c)ᵀ. With swiglu weight is (2oc,c), gate and up: out = silu(gate)·up.
-typedef struct Linear {
+template <typename F>
+struct Linear {
     float *out;
-    const float *add, *norm, *x, *weight;       // add, norm: or NULL
+    const float *add, *norm, *x;        // add, norm: or NULL
+    const F *weight;
     int64_t rows, c, oc;
     double eps;
     int swiglu;
-} Linear;
+};
 
-template <int ROWS>
-__device__ static inline void warp_linear(float *y, const Linear *a, const float *weight, int64_t r0, int rows) {
+template <int ROWS, typename F>
+__device__ static inline void warp_linear(float *y, const Linear<F> *a, const F *weight, int64_t r0, int rows) {
     float square[ROWS];
     warp_dots<ROWS>(y, square, weight, a->norm, a->x + r0 * a->c, rows, a->c);
     for (int r = 0; r < ROWS && a->norm; r++) y[r] *= (float)(1 / sqrt((double)square[r] / (double)a->c + a->eps));
 }
 
-template <int ROWS>
-__global__ void linear_kernel(Linear a) {
+template <typename F>
+__device__ static inline void prefetch_row(const F *weight, int64_t c) {
+    enum { LINE = 128 / sizeof(F) };
+    for (int64_t j = LINE * lane(); j < c; j += LINE * WARP) prefetch(weight + j);
+}
+
+template <typename F, int ROWS>
+__global__ void linear_kernel(Linear<F> a) {
     const int64_t item = global_warp(), o = item % a.oc, r0 = item / a.oc * ROWS;
-    if (r0 >= a.rows) return;
+    const int there = r0 < a.rows;
+    if (there) prefetch_row(a.weight + o * a.c, a.c);
+    if (there && a.swiglu) prefetch_row(a.weight + (a.oc + o) * a.c, a.c);
+    wait_for_previous();
+    if (!there) return;
     const int rows = (int)min64(ROWS, a.rows - r0);
     float y[ROWS], up[ROWS];
     warp_linear<ROWS>(y, &a, a.weight + o * a.c, r0, rows);
@@ -488,21 +576,23 @@ __global__ void linear_kernel(Linear a) {
     }
 }
 
-static void linear(cudaStream_t stream, float *out, const float *add, const float *norm, double eps, const float *x, const float *weight,
+template <typename F>
+static void linear(cudaStream_t stream, float *out, const float *add, const float *norm, double eps, const float *x, const F *weight,
                    int64_t rows, int64_t c, int64_t oc, int swiglu) {
-    const Linear a = {out, add, norm, x, weight, rows, c, oc, eps, swiglu};
-    if (rows == 1) linear_kernel<1><<<grid(oc, WARPS), THREADS, 0, stream>>>(a);
-    else linear_kernel<LINEAR_ROWS><<<grid((rows + LINEAR_ROWS - 1) / LINEAR_ROWS * oc, WARPS), THREADS, 0, stream>>>(a);
-    LAUNCHED();
+    const Linear<F> a = {out, add, norm, x, weight, rows, c, oc, eps, swiglu};
+    if (rows == 1) launch(stream, linear_kernel<F, 1>, grid(oc, WARPS), THREADS, 0, a);
+    else launch(stream, linear_kernel<F, LINEAR_ROWS>, grid((rows + LINEAR_ROWS - 1) / LINEAR_ROWS * oc, WARPS), THREADS, 0, a);
 }
 
 // ----------------------------------------------------------------------------
 // The token and its keys
 
 // x (rows,C) = the tokens' embeddings; the first block makes the angles too.
-__global__ void begin_kernel(float *x, float *angles, const Input *input, const float *embed, int64_t c, const double *frequency, int half, int cmp_block) {
+template <typename F>
+__global__ void begin_kernel(float *x, float *angles, const Input *input, const F *embed, int64_t c, const double *frequency, int half, int cmp_block) {
+    wait_for_previous();
     const int64_t row = blockIdx.x, token = input->tokens[row], t = input->position;
-    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) x[row * c + j] = embed[token * c + j];
+    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) x[row * c + j] = (float)embed[token * c + j];
     if (row > 0) return;
     for (int i = threadIdx.x; i < 2 * half; i += blockDim.x) {
         const double angle = (double)(i < half ? t : max64(0, t + 1 - cmp_block)) * frequency[i % half];
@@ -529,7 +619,9 @@ typedef struct TokenCall {
 } TokenCall;
 
 // A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches.
+template <typename F>
 __global__ void token_kernel(TokenCall a) {
+    wait_for_previous();
     const DecodeShape *s = &a.s;
     const int64_t r = blockIdx.x, t = a.input->position;
     const int D = s->D, Dv = s->Dv, half = D / 2;
@@ -552,170 +644,222 @@ __global__ void token_kernel(TokenCall a) {
         const float *k = wide + a.row.k[b], *v = wide + a.row.v[b];
         if (b == CMP && !s->full) {     // as they are, until their block is complete
             const int64_t at = r * s->select.cmp_block + t % s->select.cmp_block;
-            for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) a.cache.tail[0][at * s->KV * D + i] = k[i];
-            for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) a.cache.tail[1][at * s->KV * Dv + i] = v[i];
+            F *tail_k = (F *)a.cache.tail[0] + at * s->KV * D, *tail_v = (F *)a.cache.tail[1] + at * s->KV * Dv;
+            for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) tail_k[i] = (F)k[i];
+            for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) tail_v[i] = (F)v[i];
             continue;
         }
         const KeyCache *to = &a.cache.branch[b];
         const int64_t slot = t % to->slots;
-        for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) to->k[((r * s->KV + i / D) * to->slots + slot) * D + i % D] = turned(k + i / D * D, a.angles, i % D, D);
-        for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) to->v[((r * s->KV + i / Dv) * to->slots + slot) * Dv + i % Dv] = v[i];
+        F *keys = (F *)to->k, *values = (F *)to->v;
+        for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) keys[((r * s->KV + i / D) * to->slots + slot) * D + i % D] = (F)turned(k + i / D * D, a.angles, i % D, D);
+        for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) values[((r * s->KV + i / Dv) * to->slots + slot) * Dv + i % Dv] = (F)v[i];
     }
 }
 
-typedef struct CompressStep {
-    float *flat, *hidden, *result;      // of the widest of k and v
+// The block that this token completes goes into the cache. The KV heads that share their weights, a set, are the rows of linear
+// maps: member m of a set is row m, or with one set for all KV heads (row, kv) = (m / KV, m % KV).
+template <typename F>
+struct CompressStep {
+    float *flat[2], *hidden[2];         // of k and of v: (sets,members,l·D), (sets,members,2D)
     const float *angles;
     const Input *input;
     LayerCache cache;
-    CompressWeights weights[2];
-    int KV, width[2], block, stride, kind;
-} CompressStep;
+    CompressWeights weights[2];         // positions and biases
+    CompressMatrices<F> matrices[2];
+    int KV, width[2], block, kind, sets, members;
+};
 
-// The block that this token completes, if it does, goes into the cache: a block of threads for each (row, kv), and for k and v.
-__global__ void __launch_bounds__(MOST_THREADS) compress_kernel(CompressStep a) {
-    const int64_t t = a.input->position, seen = compressed_seen(t, a.block, a.stride), first = (seen - 1) * a.stride;
-    if (seen == compressed_seen(t - 1, a.block, a.stride)) return;
-    const int v = (int)blockIdx.y, D = a.width[v], most = a.width[0] > a.width[1] ? a.width[0] : a.width[1], mlp = a.kind == COMPRESS_MLP || a.kind == COMPRESS_GROUPED_MLP;
-    const int64_t list = blockIdx.x, place = 2 * list + v, kv = list % a.KV, set = a.kind == COMPRESS_MLP ? 0 : kv, LD = (int64_t)a.block * D;
-    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const CompressWeights *w = &a.weights[v];
-    float *flat = a.flat + place * a.block * most, *hidden = a.hidden + place * 2 * most, *result = a.result + place * most;
+template <typename F>
+__global__ void flatten_kernel(CompressStep<F> a) {
+    wait_for_previous();
+    const int64_t place = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x, first = a.input->position + 1 - a.block;
+    const int v = (int)blockIdx.z, D = a.width[v];
+    if (i >= (int64_t)a.block * D) return;
+    const int64_t set = place / a.members, m = place % a.members, row = a.sets > 1 ? m : m / a.KV, kv = a.sets > 1 ? set : m % a.KV;
+    const int64_t at = row * a.block + (first + i / D) % a.block;
+    const float *pos = a.weights[v].pos;
+    a.flat[v][place * a.block * D + i] = (float)((const F *)a.cache.tail[v])[(at * a.KV + kv) * D + i % D] + (pos ? pos[i] : 0);
+}
 
-    for (int i = threadIdx.x; i < LD; i += blockDim.x) {
-        const int64_t at = list / a.KV * a.block + (first + i / D) % a.block;
-        flat[i] = a.cache.tail[v][(at * a.KV + kv) * D + i % D] + (w->pos ? w->pos[i] : 0);
+// A warp an output, for all members of a set.
+template <typename F>
+__global__ void hidden_kernel(CompressStep<F> a) {
+    wait_for_previous();
+    const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets;
+    const int64_t D = a.width[v], LD = a.block * D, u = global_warp(), output = set * 2 * D + u;
+    if (u >= 2 * D) return;
+    const float bias = a.weights[v].fc1_bias[output];
+    for (int m = 0; m < a.members; m += LINEAR_ROWS) {
+        const int64_t place = (int64_t)set * a.members + m;
+        const int rows = (int)min64(LINEAR_ROWS, a.members - m);
+        float y[LINEAR_ROWS], unused[LINEAR_ROWS];
+        warp_dots<LINEAR_ROWS>(y, unused, a.matrices[v].fc1 + output * LD, NULL, a.flat[v] + place * LD, rows, LD);
+        for (int r = 0; r < LINEAR_ROWS; r++)
+            if (r < rows && lane() == 0) a.hidden[v][(place + r) * 2 * D + u] = gelu(y[r] + bias);
     }
-    __syncthreads();
-    for (int u = warp; u < 2 * D && mlp; u += warps) {
-        const float x = warp_dot(w->fc1 + (set * 2 * D + u) * LD, flat, LD) + w->fc1_bias[set * 2 * D + u];
-        if (lane() == 0) hidden[u] = gelu(x);
+}
+
+// Channel c of the compressed block of `rows` members from `place` on, before RoPE.
+template <typename F>
+__device__ static inline void compressed_channel(float *y, const CompressStep<F> *a, int v, int64_t set, int64_t c, int64_t place, int rows) {
+    const int64_t D = a->width[v], LD = a->block * D, output = set * D + c;
+    float unused[LINEAR_ROWS];
+    if (a->kind == COMPRESS_AVGPOOL) {
+        for (int r = 0; r < rows; r++) {
+            float sum = 0;
+            for (int j = lane(); j < a->block; j += WARP) sum += a->flat[v][(place + r) * LD + j * D + c];
+            y[r] = warp_sum(sum) / (float)a->block;
+        }
+        return;
     }
-    __syncthreads();
-    for (int c = warp; c < D; c += warps) {
-        float x = 0;
-        if (mlp) x = warp_dot(w->fc2 + (set * D + c) * 2 * D, hidden, 2 * D) + w->fc2_bias[set * D + c];
-        else if (a.kind == COMPRESS_CONV1D) x = warp_dot(w->conv + (set * D + c) * LD, flat, LD) + w->conv_bias[set * D + c];
-        else for (int j = 0; j < a.block; j++) x += flat[j * D + c] / (float)a.block;
-        if (lane() == 0) result[c] = x;
-    }
-    __syncthreads();
-    const int64_t at = list * a.cache.branch[CMP].slots + seen - 1;
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-        if (v) a.cache.branch[CMP].v[at * D + c] = result[c];
-        else a.cache.branch[CMP].k[at * D + c] = turned(result, a.angles + D, c, D);
+    const int conv = a->kind == COMPRESS_CONV1D;
+    if (conv) warp_dots<LINEAR_ROWS>(y, unused, a->matrices[v].conv + output * LD, NULL, a->flat[v] + place * LD, rows, LD);
+    else warp_dots<LINEAR_ROWS>(y, unused, a->matrices[v].fc2 + output * 2 * D, NULL, a->hidden[v] + place * 2 * D, rows, 2 * D);
+    for (int r = 0; r < rows; r++) y[r] += conv ? a->weights[v].conv_bias[output] : a->weights[v].fc2_bias[output];
+}
+
+// A warp makes the two channels that RoPE turns together, for all members of a set; a key turns, a value does not.
+template <typename F>
+__global__ void output_kernel(CompressStep<F> a) {
+    wait_for_previous();
+    const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], half = (D + 1) / 2;
+    const int64_t c = global_warp(), slots = a.cache.branch[CMP].slots, slot = a.input->of[CMP].keys - 1;
+    if (c >= half) return;
+    const int both = c + half < D;
+    const float cosine = v ? 1 : a.angles[D + c], sine = v ? 0 : a.angles[D + half + c];
+    F *cache = (F *)(v ? a.cache.branch[CMP].v : a.cache.branch[CMP].k);
+    for (int m = 0; m < a.members; m += LINEAR_ROWS) {
+        const int64_t place = (int64_t)set * a.members + m;
+        const int rows = (int)min64(LINEAR_ROWS, a.members - m);
+        float y[LINEAR_ROWS], z[LINEAR_ROWS] = {0};
+        compressed_channel(y, &a, v, set, c, place, rows);
+        if (both) compressed_channel(z, &a, v, set, c + half, place, rows);
+        for (int r = 0; r < LINEAR_ROWS; r++) {
+            if (r >= rows || lane() > 0) continue;
+            const int64_t list = a.sets > 1 ? (int64_t)(m + r) * a.KV + set : m + r;
+            F *to = cache + (list * slots + slot) * D;
+            to[c] = (F)(y[r] * cosine - z[r] * sine);
+            if (both) to[c + half] = (F)(z[r] * cosine + y[r] * sine);
+        }
     }
 }
 
 // ----------------------------------------------------------------------------
-// Attention. Every branch is one query for each head over a list of keys, which `splits` blocks of threads share: a block takes
-// up to HEADS of the heads that have these keys in common, and a stretch of the keys in tiles of a warp. Heads go by fours.
+// Attention: one query for each head over the keys of one or two lists, which the splits share. First any shape: a block of threads takes
+// up to HEADS of the heads that have these keys in common, and goes through its share in tiles of a warp. Heads go by fours.
 
 enum { HEADS = 16, FOUR = 4, ATTEND_WARPS = HEADS / FOUR, HEADS_ROW = HEADS + FOUR, MOST_SPLITS = 128 };     // a row of 20 spares the banks
-
-// How many keys token t reads of a branch.
-__device__ static inline int64_t keys_read(const DecodeShape *s, int branch, int64_t t) {
-    if (s->full) return t + 1;
-    if (branch == CMP) return compressed_seen(t, s->select.cmp_block, s->select.cmp_stride);
-    if (branch == WIN) return min64(t + 1, s->window);
-    const int64_t own = t / s->select.sel_block, n = s->select.n;
-    return own < n ? t + 1 : (n - 1) * s->select.sel_block + t % s->select.sel_block + 1;
-}
-
-// How many keys one split takes, whole tiles; the first splits_used of them have any.
-__device__ static inline int64_t split_keys(const DecodeShape *s, int64_t keys) { return ((keys + WARP - 1) / WARP + s->splits - 1) / s->splits * WARP; }
-__device__ static inline int splits_used(const DecodeShape *s, int64_t keys) {
-    const int64_t each = split_keys(s, keys);
-    return keys ? (int)((keys + each - 1) / each) : 0;
-}
+enum { MERGE_THREADS = 512 };
 
 // Where the shares of a head stand, one for each split. head = (row·KV + kv)·G + g, which is row·H + h.
 __device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return ((int64_t)branch * s->rows * s->H + head) * s->splits; }
+
+// The keys from .. to-1 of a list that a split has.
+typedef struct Stretch { int from, to; } Stretch;
+__device__ static inline Stretch stretch_of(const Reading *r, int split) {
+    const int start = split * r->share - r->before;
+    const Stretch x = {start > 0 ? start : 0, start + r->share < r->keys ? start + r->share : r->keys};
+    return x;
+}
 
 typedef struct AttendCall {
     const float *q;             // (rows,H,D), q_row apart
     int64_t q_row;
     const Input *input;
     LayerCache cache;
-    const int *block_idx;
+    const int *block_idx;       // of the simple tier; the fast one chooses from
+    const float *importance;    // (rows,KV,most_blocks)
+    int64_t most_blocks;
     float *scores;              // (rows,H,slots), for the compressed branch
     Shares parts;
     DecodeShape s;
-    int branch;                 // of the grid's first layer; the next one has the branch after the next
+    int lists[2];               // the kinds of the lists to read; the second one may be NO_LIST
 } AttendCall;
+enum { NO_LIST = -1 };
+
+__device__ static inline int branch_of(int kind) { return kind == CACHE_FULL ? 0 : kind; }
 
 static int64_t attend_numbers(const DecodeShape *s) { return HEADS_ROW * (s->D + s->Dv + WARP) + tile_size(s->D); }
 
-// grid: (row, kv, group of heads), split, branch
+// grid: (row, kv, group of heads), split
+template <typename F>
 __global__ void attend_kernel(AttendCall a) {
     extern __shared__ float shared[];
     __shared__ float top[HEADS], sum[HEADS], shrink[HEADS];
     __shared__ int64_t slot[WARP];      // where the keys of the tile lie
+    wait_for_previous();
     const DecodeShape *s = &a.s;
-    const int D = s->D, Dv = s->Dv, G = s->G, groups = (G + HEADS - 1) / HEADS, branch = a.branch + 2 * (int)blockIdx.z, warp = threadIdx.x / WARP;
-    const int64_t list = blockIdx.x / groups, g0 = blockIdx.x % groups * HEADS, keys = keys_read(s, branch, a.input->position);
-    const int64_t each = split_keys(s, keys), from = blockIdx.y * each, to = min64(from + each, keys);
+    const int D = s->D, Dv = s->Dv, G = s->G, groups = (G + HEADS - 1) / HEADS, warp = threadIdx.x / WARP;
+    const int64_t list = blockIdx.x / groups, g0 = blockIdx.x % groups * HEADS;
     const int heads = (int)min64(HEADS, G - g0);
-    if (from >= to) return;
     float *q = shared, *out = q + D * HEADS_ROW, *p = out + Dv * HEADS_ROW, *tile = p + WARP * HEADS_ROW;   // (D,HEADS), (Dv,HEADS), (WARP,HEADS), (WARP,D)
-    const KeyCache *cache = &a.cache.branch[branch];
-    const float *k = cache->k + list * cache->slots * D, *v = cache->v + list * cache->slots * Dv, scale = 1 / (float)sqrt((double)D);
-    const int *idx = branch == SLC && !s->full ? a.block_idx + list * s->select.n : NULL;
-    float *scores = branch == CMP && !s->full ? a.scores + (list * G + g0) * cache->slots : NULL;
-
+    const float scale = 1 / (float)sqrt((double)D);
     for (int i = threadIdx.x; i < D * HEADS; i += blockDim.x) {
         const int64_t g = i / D, c = i % D;
         q[c * HEADS_ROW + g] = g < heads ? a.q[list / s->KV * a.q_row + (list % s->KV * G + g0 + g) * D + c] * scale : 0;
     }
-    for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
-    if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
 
-    for (int64_t k0 = from; k0 < to; k0 += WARP) {
-        const int count = (int)min64(WARP, to - k0);
-        __syncthreads();        // the tile before has been read
-        for (int j = warp; j < count; j += ATTEND_WARPS) {
-            const int64_t key = k0 + j, at = idx ? idx[key / s->select.sel_block] * (int64_t)s->select.sel_block + key % s->select.sel_block : key;
-            for (int c = lane(); c < D; c += WARP) tile[j * tile_row(D) + c] = k[at * D + c];
-            if (lane() == 0) slot[j] = at;
-        }
-        __syncthreads();
-        float x[FOUR] = {0};    // a warp has four heads, a lane a key
-        for (int c = 0; c < D && lane() < count; c++) {
-            const float4 y = *(const float4 *)(q + c * HEADS_ROW + warp * FOUR);
-            const float key = tile[lane() * tile_row(D) + c];
-            x[0] += y.x * key, x[1] += y.y * key, x[2] += y.z * key, x[3] += y.w * key;
-        }
-        for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
-            const float score = lane() < count ? x[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
-            const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
-            p[lane() * HEADS_ROW + g] = weight;
-            if (scores && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
-            __syncwarp();       // all have read top
-            if (lane() > 0) continue;
-            top[g] = higher;
-            shrink[g] = expf(before - higher);
-            sum[g] = sum[g] * shrink[g] + all;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < (heads + FOUR - 1) / FOUR * Dv; i += blockDim.x) {     // a thread has four heads, a channel
-            const int g = i / Dv * FOUR, c = i % Dv;
-            float4 *o = (float4 *)(out + c * HEADS_ROW + g), y = *o;
-            y = make_float4(y.x * shrink[g], y.y * shrink[g + 1], y.z * shrink[g + 2], y.w * shrink[g + 3]);
-            #pragma unroll 8
-            for (int j = 0; j < count; j++) {
-                const float4 weight = *(const float4 *)(p + j * HEADS_ROW + g);
-                const float value = v[slot[j] * Dv + c];
-                y.x += weight.x * value, y.y += weight.y * value, y.z += weight.z * value, y.w += weight.w * value;
+    for (int n = 0; n < 2 && a.lists[n] != NO_LIST; n++) {
+        const int kind = a.lists[n], branch = branch_of(kind);
+        const Stretch x = stretch_of(&a.input->of[kind], blockIdx.y);
+        if (x.from >= x.to) continue;
+        const KeyCache *cache = &a.cache.branch[branch];
+        const F *k = (const F *)cache->k + list * cache->slots * D, *v = (const F *)cache->v + list * cache->slots * Dv;
+        const int *idx = kind == SLC ? a.block_idx + list * s->select.n : NULL;
+        float *scores = kind == CMP ? a.scores + (list * G + g0) * cache->slots : NULL;
+        for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
+        if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
+
+        for (int k0 = x.from; k0 < x.to; k0 += WARP) {
+            const int count = (int)min64(WARP, x.to - k0);
+            __syncthreads();        // the tile before has been read
+            for (int j = warp; j < count; j += ATTEND_WARPS) {
+                const int key = k0 + j;
+                const int64_t at = idx ? idx[key / s->select.sel_block] * (int64_t)s->select.sel_block + key % s->select.sel_block : key;
+                for (int c = lane(); c < D; c += WARP) tile[j * tile_row(D) + c] = (float)k[at * D + c];
+                if (lane() == 0) slot[j] = at;
             }
-            *o = y;
+            __syncthreads();
+            float y[FOUR] = {0};    // a warp has four heads, a lane a key
+            for (int c = 0; c < D && lane() < count; c++) {
+                const float4 four = *(const float4 *)(q + c * HEADS_ROW + warp * FOUR);
+                const float key = tile[lane() * tile_row(D) + c];
+                y[0] += four.x * key, y[1] += four.y * key, y[2] += four.z * key, y[3] += four.w * key;
+            }
+            for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
+                const float score = lane() < count ? y[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
+                const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
+                p[lane() * HEADS_ROW + g] = weight;
+                if (scores && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
+                __syncwarp();       // all have read top
+                if (lane() > 0) continue;
+                top[g] = higher;
+                shrink[g] = expf(before - higher);
+                sum[g] = sum[g] * shrink[g] + all;
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < (heads + FOUR - 1) / FOUR * Dv; i += blockDim.x) {     // a thread has four heads, a channel
+                const int g = i / Dv * FOUR, c = i % Dv;
+                float4 *o = (float4 *)(out + c * HEADS_ROW + g), four = *o;
+                four = make_float4(four.x * shrink[g], four.y * shrink[g + 1], four.z * shrink[g + 2], four.w * shrink[g + 3]);
+                #pragma unroll 8
+                for (int j = 0; j < count; j++) {
+                    const float4 weight = *(const float4 *)(p + j * HEADS_ROW + g);
+                    const float value = (float)v[slot[j] * Dv + c];
+                    four.x += weight.x * value, four.y += weight.y * value, four.z += weight.z * value, four.w += weight.w * value;
+                }
+                *o = four;
+            }
         }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < heads * Dv; i += blockDim.x) {
-        const int g = i / Dv, c = i % Dv;
-        const int64_t part = parts_of(s, branch, list * G + g0 + g) + blockIdx.y;
-        a.parts.out[part * Dv + c] = out[c * HEADS_ROW + g];
-        if (c == 0) a.parts.top[part] = top[g], a.parts.sum[part] = sum[g];
+        __syncthreads();
+        for (int i = threadIdx.x; i < heads * Dv; i += blockDim.x) {
+            const int g = i / Dv, c = i % Dv;
+            const int64_t part = parts_of(s, branch, list * G + g0 + g) + blockIdx.y;
+            a.parts.out[part * Dv + c] = out[c * HEADS_ROW + g];
+            if (c == 0) a.parts.top[part] = top[g], a.parts.sum[part] = sum[g];
+        }
+        __syncthreads();        // before the next list's sums take their place
     }
 }
 
@@ -729,27 +873,50 @@ __device__ static inline void warp_merge(float *top, float *sum, const Shares *p
     *sum = warp_sum(total);
 }
 
-// out (rows,H,Dv) = Σ_branch gate · attention; a full-attention layer has no gates. A block of threads a head; no key: 0.
+// out (rows,H,Dv) = Σ_branch gate · attention; a full-attention layer has no gates. A block of threads a head; no key: 0. A thread takes N
+// neighbouring channels of every so-manieth share.
+template <int N>
 __global__ void merge_kernel(float *out, const float *gates, Shares parts, const Input *input, DecodeShape s) {
-    __shared__ float factor[BRANCHES][MOST_SPLITS];
-    const int64_t head = blockIdx.x, t = input->position;
-    const int branches = s.full ? 1 : BRANCHES, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (int b = warp; b < branches; b += warps) {
-        const int64_t first = parts_of(&s, b, head);
-        const int used = splits_used(&s, keys_read(&s, b, t));
-        float top, sum;
-        warp_merge(&top, &sum, &parts, first, used);
-        for (int i = lane(); i < used; i += WARP) factor[b][i] = (s.full ? 1 : gates[head * BRANCHES + b]) * expf(parts.top[first + i] - top) / sum;
+    __shared__ float factor[BRANCHES * MOST_SPLITS], sums[MERGE_THREADS * N];
+    __shared__ int64_t part[BRANCHES * MOST_SPLITS];
+    wait_for_previous();
+    const int64_t head = blockIdx.x;
+    const int branches = s.full ? 1 : BRANCHES, warp = threadIdx.x / WARP, thread = threadIdx.x;
+    int count = 0;
+    for (int b = 0; b < branches; b++) {
+        const Reading *r = &input->of[s.full ? CACHE_FULL : b];
+        const int64_t first = parts_of(&s, b, head) + r->first_split;
+        if (warp == b) {
+            float top, sum;
+            warp_merge(&top, &sum, &parts, first, r->splits);
+            for (int i = lane(); i < r->splits; i += WARP) {
+                factor[count + i] = (s.full ? 1 : gates[head * BRANCHES + b]) * expf(parts.top[first + i] - top) / sum;
+                part[count + i] = first + i;
+            }
+        }
+        count += r->splits;
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < s.Dv; c += blockDim.x) {
-        float y = 0;
-        for (int b = 0; b < branches; b++) {
-            const int64_t first = parts_of(&s, b, head);
-            const int used = splits_used(&s, keys_read(&s, b, t));
-            for (int i = 0; i < used; i++) y += factor[b][i] * parts.out[(first + i) * s.Dv + c];
+    const int columns = s.Dv / N, across = columns < MERGE_THREADS ? columns : MERGE_THREADS, teams = MERGE_THREADS / across, team = thread / across;
+    for (int c0 = 0; c0 < columns; c0 += across) {
+        const int c = c0 + thread % across;
+        if (c < columns && team < teams) {
+            Pack<float, N> y = {{0}};
+            #pragma unroll 8
+            for (int i = team; i < count; i += teams) {
+                const Pack<float, N> x = load<N>(parts.out + part[i] * s.Dv + c * N);
+                for (int e = 0; e < N; e++) y.of[e] += factor[i] * x.of[e];
+            }
+            for (int e = 0; e < N; e++) sums[thread * N + e] = y.of[e];
         }
-        out[head * s.Dv + c] = y;
+        __syncthreads();
+        if (c < columns && team == 0)
+            for (int e = 0; e < N; e++) {
+                float y = 0;
+                for (int i = 0; i < teams; i++) y += sums[(i * across + thread) * N + e];
+                out[head * s.Dv + c * N + e] = y;
+            }
+        __syncthreads();
     }
 }
 
@@ -769,41 +936,51 @@ __device__ static inline int block_count(int x, int *counts) {
     return warp_count(lane() < (int)blockDim.x / WARP ? counts[lane()] : 0);
 }
 
+// Eq. 10 needs the log-sum-exp of each head of a group, lse (G): warps of a block take turns.
+__device__ static inline void group_lse(float *lse, const Shares *parts, const DecodeShape *s, int64_t list, const Reading *r) {
+    for (int g = threadIdx.x / WARP; g < s->G; g += blockDim.x / WARP) {
+        float top, sum;
+        warp_merge(&top, &sum, parts, parts_of(s, CMP, list * s->G + g) + r->first_split, r->splits);
+        if (lane() == 0) lse[g] = top + logf(sum);
+    }
+    __syncthreads();
+}
+
+// Eq. 10: the weight of a compressed block for all heads of a group, from their scores, `slots` apart.
+__device__ static inline float group_weight(const float *scores, int64_t slots, const float *lse, int G) {
+    float sum = 0;
+    #pragma unroll 16
+    for (int g = 0; g < G; g++) sum += expf(scores[g * slots] - lse[g]);
+    return sum;
+}
+
+// For importance_of (eq. 9), which is training's: the weights of the compressed blocks that the token sees.
+__device__ static inline Choice choice_from(const float *weights, int visible, const SelectShape *sel) {
+    const Choice x = {NULL, weights, 0, 0, visible, sel->cmp_block / sel->cmp_stride, sel->sel_block / sel->cmp_stride};
+    return x;
+}
+
 // idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
 __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, float *scores, int64_t slots, float *importance, int64_t most_blocks, Shares parts, const Input *input, DecodeShape s) {
     extern __shared__ float lse[];      // (G)
     __shared__ int counts[2][WARP];
+    wait_for_previous();
     const SelectShape *sel = &s.select;
-    const int64_t list = blockIdx.x, t = input->position, blocks = t / sel->sel_block + 1, visible = compressed_seen(t, sel->cmp_block, sel->cmp_stride);
-    const int64_t first = sel->n_init, last = blocks - sel->n_local;
-    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int64_t list = blockIdx.x, blocks = input->position / sel->sel_block + 1, first = sel->n_init, last = blocks - sel->n_local;
+    const int warp = threadIdx.x / WARP, visible = input->of[CMP].keys;
     int *idx = block_idx + list * sel->n;
     if (blocks <= sel->n) {             // no choice to make
         for (int j = threadIdx.x; j < sel->n; j += blockDim.x) idx[j] = j < blocks ? j : -1;
         return;
     }
-    for (int g = warp; g < s.G; g += warps) {
-        float top, sum;
-        warp_merge(&top, &sum, &parts, parts_of(&s, CMP, list * s.G + g), splits_used(&s, visible));
-        if (lane() == 0) lse[g] = top + logf(sum);
-    }
+    group_lse(lse, &parts, &s, list, &input->of[CMP]);
+    float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;      // in the place of the first head's scores
+    for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, slots, lse, s.G);
     __syncthreads();
-    float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;
-    for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) {       // eq. 10, in the place of the first head's scores
-        float sum = 0;
-        for (int g = 0; g < s.G; g++) sum += expf(weights[g * slots + i] - lse[g]);
-        weights[i] = sum;
-    }
-    __syncthreads();
-    const int64_t per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) {  // eq. 9
-        float sum = 0;
-        for (int64_t i = max64(0, j * per_block - pieces + 1); i < min64((j + 1) * per_block, visible); i++)
-            sum += weights[i] * (float)pieces_inside(i, j, pieces, per_block);
-        score[j] = sum >= 0 ? sum : 0;  // NaN, from a model that is lost anyway, must not leave a place empty
-    }
+    const Choice choice = choice_from(weights, visible, sel);
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, (int)j);
     __syncthreads();
 
     const int places = sel->n - sel->n_init - sel->n_local;
@@ -834,10 +1011,257 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 }
 
 // ----------------------------------------------------------------------------
+// The fast tier: bf16 on tensor cores, for the heads that training's fast attention takes. What counts is to read the keys and values
+// once, at the speed of the memory: every warp keeps tiles of its own on their way (cp.async), so that no warp waits for another until
+// the end of the share, and one tile serves up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero).
+//
+// The choice itself has no launch of its own: importance_kernel spreads the sums over heads and compressed blocks, and then each block of
+// threads of the selection branch ranks its list's blocks for itself, which is quicker than to wait for one that does it for all.
+
+enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP };
+enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS };
+
+// A warp's ring of tiles in shared memory, keys (TILE_KEYS,D) and values (TILE_KEYS,DV) each, and the rings of a block. OUT_ROW: of the
+// warps' sums (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
+template <int D, int DV>
+struct KeyRing {
+    static constexpr int STAGES = D == 192 ? 2 : 3, STAGE = TILE_KEYS * (D + DV), NUMBERS = STAGES * STAGE, OUT_ROW = DV + 8;
+    static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16);
+    static_assert(DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float) <= BYTES, "the sums take the rings' place");
+};
+
+static int64_t ring_bytes(const Config *c) { return c->head_dim == 64 ? KeyRing<64, 64>::BYTES : c->head_dim == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
+
+// Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, and is
+// not so long that the candidates for its choice do not fit where the rings stand.
+static int fast_decode(const Config *c, int64_t capacity) {
+    const int64_t candidates = has_nsa(c) ? capacity / c->sel_block / CHOICE_GROUPS + 1 : 0;        // of a group
+    return fast_model(c) && (!has_nsa(c) || c->sel_blocks <= CHOICE_GROUPS) && c->sel_blocks * candidates * (int64_t)sizeof(uint64_t) <= ring_bytes(c);
+}
+
+// importance (rows,KV,blocks) of the selection blocks from the compressed branch's scores (rows,H,slots): a block of threads takes so many
+// selection blocks that it has about a compressed one for each thread. grid: list, selection blocks
+static int importance_blocks(const SelectShape *sel) { return (int)max64(1, THREADS / (sel->sel_block / sel->cmp_stride)); }
+static int64_t importance_bytes(const DecodeShape *s) {
+    const SelectShape *sel = &s->select;
+    return (s->G + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
+}
+
+// The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
+__device__ static inline Stretch touching(int j0, int j1, int visible, const SelectShape *sel) {
+    const int per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
+    const Stretch x = {j0 * per_block > pieces - 1 ? j0 * per_block - pieces + 1 : 0, j1 * per_block < visible ? j1 * per_block : visible};
+    return x;
+}
+
+__global__ void importance_kernel(float *importance, const float *scores, int64_t slots, int most_blocks, int blocks_each, Shares parts, const Input *input, DecodeShape s) {
+    extern __shared__ float shared[];       // (G), then weights of compressed blocks
+    wait_for_previous();
+    const SelectShape *sel = &s.select;
+    const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.y * blocks_each, j1 = min32(j0 + blocks_each, blocks);
+    const int64_t list = blockIdx.x;
+    if (blocks <= sel->n || j0 >= blocks) return;
+    float *lse = shared, *weights = lse + s.G;
+    const Stretch x = touching(j0, j1, visible, sel);
+    group_lse(lse, &parts, &s, list, &input->of[CMP]);
+    for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);
+    __syncthreads();
+    const Choice choice = choice_from(weights - x.from, visible, sel);
+    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(&choice, j);
+}
+
+// A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.
+__device__ static inline uint64_t candidate(int j, float importance) { return (uint64_t)__float_as_uint(importance) << 32 | (uint32_t)~j; }
+__device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_t)x; }
+
+// idx (n): the blocks that this token reads, those at the end of the text last. DECODE_THREADS threads; idx and list are shared memory.
+// The candidates are dealt out to groups of threads. At most `places` groups have a best one as high as the places-th of the groups' bests, and
+// nobody else has a candidate to take: these few are ranked against each other.
+__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *importance, const Input *input, const SelectShape *sel) {
+    __shared__ uint64_t best[CHOICE_GROUPS], least;
+    __shared__ int count;
+    const int blocks = (int)input->position / sel->sel_block + 1, last = blocks - sel->n_local;
+    const int places = sel->n - sel->n_init - sel->n_local, group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS;
+    const int first = sel->n_init + group + member * CHOICE_GROUPS;
+    if (blocks <= sel->n) {             // no choice to make
+        for (int j = threadIdx.x; j < sel->n; j += DECODE_THREADS) idx[j] = j < blocks ? j : -1;
+        __syncthreads();
+        return;
+    }
+    uint64_t mine = 0;
+    #pragma unroll 4
+    for (int j = first; j < last; j += DECODE_THREADS) {
+        const uint64_t x = candidate(j, importance[j]);
+        if (x > mine) mine = x;
+    }
+    for (int step = 1; step < CHOICE_MEMBERS; step *= 2) {
+        const uint64_t other = __shfl_xor_sync(~0u, mine, step);
+        if (other > mine) mine = other;
+    }
+    if (member == 0) best[group] = mine;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    int higher = 0;
+    for (int i = member; i < CHOICE_GROUPS; i += CHOICE_MEMBERS) higher += best[i] > mine;
+    for (int step = 1; step < CHOICE_MEMBERS; step *= 2) higher += __shfl_xor_sync(~0u, higher, step);
+    if (higher == places - 1 && member == 0) least = mine;
+    __syncthreads();
+    if (higher < places)
+        for (int j = first; j < last; j += DECODE_THREADS) {
+            const uint64_t x = candidate(j, importance[j]);
+            if (x >= least) list[atomicAdd(&count, 1)] = x;     // in any order: what follows does not depend on it
+        }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += DECODE_THREADS) {
+        int rank = 0;
+        #pragma unroll 4
+        for (int other = 0; other < count; other++) rank += list[other] > list[i];
+        if (rank < places) idx[sel->n_init + rank] = candidate_index(list[i]);
+    }
+    for (int j = threadIdx.x; j < sel->n_init; j += DECODE_THREADS) idx[j] = j;
+    for (int j = threadIdx.x; j < sel->n_local; j += DECODE_THREADS) idx[sel->n - sel->n_local + j] = last + j;
+    __syncthreads();
+}
+
+// Keys k0 and on of a list, of which those before `end` exist, and their values, into a warp's tile. idx: or NULL, the blocks of `block`
+// slots in which the keys lie.
+template <int D, int DV>
+__device__ static inline void fetch_keys_of(bf16 *tile, const bf16 *k, const bf16 *v, int k0, int end, const int *idx, int block) {
+    const int key = k0 + lane() % TILE_KEYS;
+    const int slot = key >= end ? 0 : idx ? idx[key / block] * block + key % block : key;
+    #pragma unroll
+    for (int n = 0; n < TILE_KEYS * (D / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (D / 8), chunk = (n * WARP + lane()) % (D / 8);
+        cp_async_16(chunk_of<D>(tile, row, chunk), k + (int64_t)__shfl_sync(~0u, slot, row) * D + chunk * 8, k0 + row < end ? 16 : 0);
+    }
+    #pragma unroll
+    for (int n = 0; n < TILE_KEYS * (DV / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (DV / 8), chunk = (n * WARP + lane()) % (DV / 8);
+        cp_async_16(chunk_of<DV>(tile + TILE_KEYS * D, row, chunk), v + (int64_t)__shfl_sync(~0u, slot, row) * DV + chunk * 8, k0 + row < end ? 16 : 0);
+    }
+}
+
+// grid: (row, kv, group of heads), split
+template <int D, int DV>
+__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_kernel(AttendCall a) {
+    typedef KeyRing<D, DV> R;
+    extern __shared__ uint4 fast_shared[];
+    __shared__ float tops[DECODE_WARPS][MMA_ROWS], totals[DECODE_WARPS][MMA_ROWS];
+    __shared__ int chosen[CHOICE_GROUPS];
+    __shared__ uint4 query_memory[MMA_ROWS * D / 8];
+    wait_for_previous();
+    const DecodeShape *s = &a.s;
+    const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
+    const int warp = threadIdx.x / WARP, low = lane() / 4, pair = lane() % 4 * 2;        // a lane has rows low and low + 8 of a result
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    bf16 *ring = (bf16 *)fast_shared + warp * R::NUMBERS, *queries = (bf16 *)query_memory;      // (MMA_ROWS,D)
+    float *outs = (float *)fast_shared;
+
+    const float *q = a.q + list / s->KV * a.q_row + (list % s->KV * G + g0) * D;
+    unsigned qs[D / 16][4];
+    int has_queries = 0;
+
+    for (int n = 0; n < 2 && a.lists[n] != NO_LIST; n++) {
+        const int kind = a.lists[n], branch = branch_of(kind);
+        const Stretch x = stretch_of(&a.input->of[kind], blockIdx.y);
+        if (x.from >= x.to) continue;
+        const KeyCache *cache = &a.cache.branch[branch];
+        const bf16 *k = (const bf16 *)cache->k + list * cache->slots * D, *v = (const bf16 *)cache->v + list * cache->slots * DV;
+        const int64_t score_row = a.cache.branch[CMP].slots;
+        float *scores = kind == CMP ? a.scores + ((int64_t)list * G + g0) * score_row : NULL;
+        const int *idx = kind == SLC ? chosen : NULL;
+        if (idx) choose_quickly(chosen, (uint64_t *)fast_shared, a.importance + list * a.most_blocks, a.input, &s->select);
+
+        float o[DV / 8][4] = {{0}}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};       // top in units of log2
+        const int first = x.from + warp * TILE_KEYS, step = DECODE_WARPS * TILE_KEYS;
+        for (int i = 0; i < R::STAGES - 1; i++) {
+            if (first + i * step < x.to) fetch_keys_of<D, DV>(ring + i * R::STAGE, k, v, first + i * step, x.to, idx, s->select.sel_block);
+            cp_async_commit();
+        }
+        if (!has_queries) {     // while the first keys are on their way
+            for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
+                chunk_of<D>(queries, i / D, i % D / 8)[i % 8] = i / D < heads ? __float2bfloat16_rn(q[i]) : __float2bfloat16_rn(0);
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < D / 16; i++) ldmatrix_x4(qs[i], chunk_of<D>(queries, lane() % MMA_ROWS, i * 2 + lane() / MMA_ROWS));
+            has_queries = 1;
+        }
+        for (int k0 = first, stage = 0; k0 < x.to; k0 += step, stage = (stage + 1) % R::STAGES) {
+            const int ahead = k0 + (R::STAGES - 1) * step;
+            bf16 *tile = ring + stage * R::STAGE;
+            if (ahead < x.to) fetch_keys_of<D, DV>(ring + (stage + R::STAGES - 1) % R::STAGES * R::STAGE, k, v, ahead, x.to, idx, s->select.sel_block);
+            cp_async_commit();
+            cp_async_wait<R::STAGES - 1>();
+            __syncwarp();
+            float p[TILE_KEYS / 8][4] = {{0}};
+            times_turned<D, TILE_KEYS / 8>(p, qs, tile, 0);
+            #pragma unroll
+            for (int i = 0; i < TILE_KEYS / 8; i++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
+                    if (scores && key < x.to && head < heads) scores[head * score_row + key] = p[i][e] * scale;
+                    p[i][e] = key < x.to ? p[i][e] * scale2 : -INFINITY;
+                }
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float higher = top[i], more = 0;
+                for (int e = 0; e < TILE_KEYS / 8; e++) higher = fmaxf(higher, fmaxf(p[e][i * 2], p[e][i * 2 + 1]));
+                higher = quad_max(higher);
+                const float shrink = power_of_2(top[i] - higher);
+                #pragma unroll
+                for (int e = 0; e < TILE_KEYS / 8; e++) {
+                    p[e][i * 2] = power_of_2(p[e][i * 2] - higher);
+                    p[e][i * 2 + 1] = power_of_2(p[e][i * 2 + 1] - higher);
+                    more += p[e][i * 2] + p[e][i * 2 + 1];
+                }
+                sum[i] = sum[i] * shrink + more;
+                top[i] = higher;
+                #pragma unroll
+                for (int c = 0; c < DV / 8; c++) o[c][i * 2] *= shrink, o[c][i * 2 + 1] *= shrink;
+            }
+            unsigned weights[4];
+            as_left_factor(weights, p);
+            times_rows<DV>(o, weights, tile + TILE_KEYS * D, 0);
+            __syncwarp();
+        }
+
+        // The warps' sums become the share's; a warp that had no tile weighs nothing.
+        __syncthreads();
+        for (int i = 0; i < 2; i++) {
+            const float total = quad_sum(sum[i]);
+            if (lane() % 4 == 0) tops[warp][low + i * 8] = top[i], totals[warp][low + i * 8] = total;
+            float *to = outs + (warp * MMA_ROWS + low + i * 8) * R::OUT_ROW + pair;
+            #pragma unroll
+            for (int c = 0; c < DV / 8; c++) *(float2 *)(to + c * 8) = make_float2(o[c][i * 2], o[c][i * 2 + 1]);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < heads * (DV / 4); i += DECODE_THREADS) {
+            const int head = i / (DV / 4), c = i % (DV / 4) * 4;
+            const int64_t part = parts_of(s, branch, (int64_t)list * G + g0 + head) + blockIdx.y;
+            float highest = tops[0][head], total = 0;
+            for (int w = 1; w < DECODE_WARPS; w++) highest = fmaxf(highest, tops[w][head]);
+            float4 y = make_float4(0, 0, 0, 0);
+            #pragma unroll
+            for (int w = 0; w < DECODE_WARPS; w++) {
+                const float factor = power_of_2(tops[w][head] - highest);
+                const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + head) * R::OUT_ROW + c);
+                y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+                total += factor * totals[w][head];
+            }
+            *(float4 *)(a.parts.out + part * DV + c) = y;
+            if (c == 0) a.parts.top[part] = highest / LOG2E, a.parts.sum[part] = total;
+        }
+        __syncthreads();        // before the next list's tiles come
+    }
+}
+
+// ----------------------------------------------------------------------------
 // Mixture of experts: nobody counts the tokens of an expert here, each (row, choice) reads its expert's weights.
 
 // choice, share (rows,k) from the router's logits (rows,E), which are used up: a warp a row. Ties go to the lower index.
 __global__ void route_kernel(int *choice, float *share, float *logits, int64_t rows, int E, int k) {
+    wait_for_previous();
     const int64_t row = global_warp();
     if (row >= rows) return;
     float *x = logits + row * E, top = -INFINITY, sum = 0, chosen = 0;
@@ -865,199 +1289,327 @@ __global__ void route_kernel(int *choice, float *share, float *logits, int64_t r
 }
 
 // The chosen experts of each row: x (rows,C) -> hidden (rows,k,F) -> out (rows,C) = add + Σ share · expert(x).
-typedef struct Experts {
+template <typename F>
+struct Experts {
     float *out, *hidden;
-    const float *add, *x, *norm, *experts, *share;
+    const float *add, *x, *norm, *share;
+    const F *experts;
     const int *choice;
     double eps;
     int k;
     MoeShape s;
-} Experts;
+};
 
-__global__ void expert_up_kernel(Experts a) {
-    const int64_t item = global_warp(), C = a.s.C, F = a.s.F, f = item % F, row = item / F / a.k;      // item = (row·k + choice)·F + f
+template <typename F>
+__global__ void expert_up_kernel(Experts<F> a) {
+    wait_for_previous();
+    const int64_t item = global_warp(), C = a.s.C, Fe = a.s.F, f = item % Fe, row = item / Fe / a.k;      // item = (row·k + choice)·Fe + f
     if (row >= a.s.N) return;
-    const float *weight = a.experts + a.choice[item / F] * 3 * F * C;
-    const Linear call = {NULL, NULL, a.norm, a.x, NULL, a.s.N, C, F, a.eps, 1};
+    const F *weight = a.experts + a.choice[item / Fe] * 3 * Fe * C;
+    const Linear<F> call = {NULL, NULL, a.norm, a.x, NULL, a.s.N, C, Fe, a.eps, 1};
     float y, up;
     warp_linear<1>(&y, &call, weight + f * C, row, 1);
-    warp_linear<1>(&up, &call, weight + (F + f) * C, row, 1);
+    warp_linear<1>(&up, &call, weight + (Fe + f) * C, row, 1);
     if (lane() == 0) a.hidden[item] = y * sigmoid(y) * up;
 }
 
-__global__ void expert_down_kernel(Experts a) {
-    const int64_t item = global_warp(), C = a.s.C, F = a.s.F, c = item % C, row = item / C;
+template <typename F>
+__global__ void expert_down_kernel(Experts<F> a) {
+    wait_for_previous();
+    const int64_t item = global_warp(), C = a.s.C, Fe = a.s.F, c = item % C, row = item / C;
     if (row >= a.s.N) return;
     float sum = 0;
-    for (int64_t i = row * a.k; i < (row + 1) * a.k; i++) sum += a.share[i] * warp_dot(a.experts + (a.choice[i] * 3 + 2) * F * C + c * F, a.hidden + i * F, F);
+    for (int64_t i = row * a.k; i < (row + 1) * a.k; i++) sum += a.share[i] * warp_dot(a.experts + (a.choice[i] * 3 + 2) * Fe * C + c * Fe, a.hidden + i * Fe, Fe);
     if (lane() == 0) a.out[item] = a.add[item] + sum;
 }
 
 // ----------------------------------------------------------------------------
 // A token through the model
 
-// x -> mid
-static void decode_attention(Decoder *d, int layer) {
+static int completes_block(const Config *c, int64_t t) { return compressed_seen(t, c->cmp_block, c->cmp_stride) > compressed_seen(t - 1, c->cmp_block, c->cmp_stride); }
+
+// What token t reads of one list, behind `before` keys of others, if all that its launch reads is `all` keys.
+static Reading reading(const Working *w, int64_t keys, int64_t before, int64_t all) {
+    const int64_t least = w->fast ? DECODE_WARPS * TILE_KEYS : WARP, share = max64(least, round_up((all + w->splits - 1) / w->splits, TILE_KEYS)), first = before / share;
+    const Reading r = {(int)keys, (int)before, (int)share, (int)first, keys ? (int)((before + keys - 1) / share - first + 1) : 0};
+    return r;
+}
+
+static void plan_token(Decoder *d, const int *tokens) {
     const Config *c = &d->model->config;
-    const LayerWeights *w = &d->model->twin->layers[layer];
-    const LayerCache *cache = &d->layers[layer];
+    Input *in = d->work->input;
+    const int64_t t = d->length, own = t / max64(c->sel_block, 1), cmp = compressed_seen(t, c->cmp_block, c->cmp_stride), win = min64(t + 1, c->window);
+    const int64_t slc = own < c->sel_blocks ? t + 1 : (c->sel_blocks - 1) * (int64_t)c->sel_block + t % c->sel_block + 1;
+    in->position = t;
+    in->of[CMP] = reading(d->work, cmp, 0, cmp + win);
+    in->of[WIN] = reading(d->work, win, cmp, cmp + win);
+    in->of[SLC] = reading(d->work, slc, 0, slc);
+    in->of[CACHE_FULL] = reading(d->work, t + 1, 0, t + 1);
+    memcpy(in->tokens, tokens, (size_t)d->rows * sizeof(int));
+}
+
+static size_t input_bytes(const Decoder *d) { return sizeof(Input) + (size_t)d->rows * sizeof(int); }
+
+// Every head meets the keys of one list, or of two.
+template <typename F>
+static void launch_attend(const Working *w, AttendCall a, int first, int second) {
+    const DecodeShape *s = &a.s;
+    const int together = w->fast ? (int)MMA_ROWS : (int)HEADS;
+    const dim3 blocks((unsigned)(s->rows * s->KV * ((s->G + together - 1) / together)), (unsigned)s->splits);
+    a.lists[0] = first;
+    a.lists[1] = second;
+    if (!w->fast) launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
+    else if (s->D == 64) launch(w->stream, fast_attend_kernel<64, 64>, blocks, DECODE_THREADS, KeyRing<64, 64>::BYTES, a);
+    else if (s->D == 128) launch(w->stream, fast_attend_kernel<128, 128>, blocks, DECODE_THREADS, KeyRing<128, 128>::BYTES, a);
+    else launch(w->stream, fast_attend_kernel<192, 128>, blocks, DECODE_THREADS, KeyRing<192, 128>::BYTES, a);
+}
+
+template <typename F>
+static void compress_step(Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const Model *g = d->model->twin;
+    const LayerWeights *w = &g->layers[layer];
+    Working *a = d->work;
+    const int KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, sets = c->compress == COMPRESS_MLP ? 1 : KV, lists = d->rows * KV;
+    const int64_t most = max64(D, Dv);
+    const CompressStep<F> step = {{a->flat[0], a->flat[1]}, {a->hidden[0], a->hidden[1]}, a->angles, a->device_input, d->layers[layer],
+                                  {w->compress[0], w->compress[1]}, {compress_matrices<F>(g, &w->compress[0]), compress_matrices<F>(g, &w->compress[1])},
+                                  KV, {D, Dv}, c->cmp_block, c->compress, sets, lists / sets};
+    launch(a->stream, flatten_kernel<F>, dim3((unsigned)lists, grid(c->cmp_block * most, THREADS), 2), THREADS, 0, step);
+    if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
+    launch(a->stream, output_kernel<F>, dim3(grid((most + 1) / 2, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
+}
+
+static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
+
+static AttendCall attend_call(const Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const Working *w = d->work;
+    const AttendCall a = {w->wide, wide_row(c, layer).size, w->device_input, d->layers[layer], w->block_idx, w->importance, most_selection_blocks(c, d->capacity),
+                          w->scores, w->parts, decode_shape(d, layer), {NO_LIST, NO_LIST}};
+    return a;
+}
+
+// What the selection branch is chosen from, and by the simple tier the choice itself.
+static void launch_choice(const Decoder *d, int layer) {
+    const Working *w = d->work;
+    const DecodeShape s = decode_shape(d, layer);
+    const int64_t slots = d->layers[layer].branch[CMP].slots, most_blocks = most_selection_blocks(&d->model->config, d->capacity);
+    const unsigned lists = (unsigned)(s.rows * s.KV);
+    const int each = importance_blocks(&s.select);
+    if (w->fast) launch(w->stream, importance_kernel, dim3(lists, grid(most_blocks, each)), THREADS, importance_bytes(&s), w->importance, w->scores, slots, most_blocks, each, w->parts, w->device_input, s);
+    else launch(w->stream, select_kernel, lists, min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), s.G * (int64_t)sizeof(float), w->block_idx, w->scores, slots, w->importance,
+                most_blocks, w->parts, w->device_input, s);
+}
+
+static void launch_merge(const Decoder *d, int layer) {
+    const Working *w = d->work;
+    const DecodeShape s = decode_shape(d, layer);
+    launch(w->stream, s.Dv % 4 ? merge_kernel<1> : merge_kernel<4>, (unsigned)(s.rows * s.H), MERGE_THREADS, 0, w->attention, w->gates, w->parts, w->device_input, s);
+}
+
+// wide, with q turned, and the caches -> attention
+template <typename F>
+static void decode_branches(Decoder *d, int layer, int completes) {
+    const AttendCall a = attend_call(d, layer);
+    if (a.s.full) {
+        launch_attend<F>(d->work, a, CACHE_FULL, NO_LIST);
+    } else {
+        if (completes) compress_step<F>(d, layer);
+        launch_attend<F>(d->work, a, CMP, WIN);
+        launch_choice(d, layer);
+        launch_attend<F>(d->work, a, SLC, NO_LIST);
+    }
+    launch_merge(d, layer);
+}
+
+// x -> mid
+template <typename F>
+static void decode_attention(Decoder *d, int layer, int completes) {
+    const Config *c = &d->model->config;
+    const Model *g = d->model->twin;
+    const LayerWeights *w = &g->layers[layer];
     const DecodeShape s = decode_shape(d, layer);
     const WideRow row = wide_row(c, layer);
     Working *a = d->work;
-    const int64_t rows = d->rows, C = c->hidden_size, lists = rows * s.KV, groups = (s.G + HEADS - 1) / HEADS, HDv = (int64_t)s.H * s.Dv;
-    const size_t shared = (size_t)attend_numbers(&s) * sizeof(float);
-    linear(a->stream, a->wide, NULL, w->norm1, c->rms_norm_eps, a->x, w->wide, rows, C, row.size, 0);
-    const TokenCall token = {a->wide, a->gates, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, *cache, s, c->gate};
-    token_kernel<<<(unsigned)rows, THREADS, 0, a->stream>>>(token);
-    AttendCall attend = {a->wide, row.size, a->device_input, *cache, a->block_idx, a->scores, a->parts, s, 0};
-    const unsigned heads = grid(lists * groups, 1), splits = (unsigned)s.splits;
-    if (s.full) {
-        attend_kernel<<<dim3(heads, splits, 1), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);
-    } else {
-        const CompressStep step = {a->flat, a->hidden, a->compressed, a->angles, a->device_input, *cache, {w->compress[0], w->compress[1]},
-                                   s.KV, {s.D, s.Dv}, c->cmp_block, c->cmp_stride, c->compress};
-        const int64_t slots = cache->branch[CMP].slots, outputs = 2 * max64(s.D, s.Dv), most_blocks = d->capacity / c->sel_block + 1;
-        compress_kernel<<<dim3((unsigned)lists, 2), (unsigned)min64(MOST_THREADS, outputs * WARP), 0, a->stream>>>(step);
-        attend_kernel<<<dim3(heads, splits, 2), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);     // CMP and WIN
-        select_kernel<<<(unsigned)lists, (unsigned)min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), (size_t)s.G * sizeof(float), a->stream>>>(
-            a->block_idx, a->scores, slots, a->importance, most_blocks, a->parts, a->device_input, s);
-        attend.branch = SLC;
-        attend_kernel<<<dim3(heads, splits, 1), ATTEND_WARPS * WARP, shared, a->stream>>>(attend);
-    }
-    merge_kernel<<<(unsigned)(rows * s.H), 128, 0, a->stream>>>(a->attention, a->gates, a->parts, a->device_input, s);
-    LAUNCHED();
-    linear(a->stream, a->mid, a->x, NULL, 0, a->attention, w->o, rows, HDv, C, 0);
+    const int64_t rows = d->rows, C = c->hidden_size;
+    const TokenCall token = {a->wide, a->gates, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, d->layers[layer], s, c->gate};
+    linear(a->stream, a->wide, NULL, w->norm1, c->rms_norm_eps, a->x, matrix<F>(g, w->wide), rows, C, row.size, 0);
+    launch(a->stream, token_kernel<F>, (unsigned)rows, THREADS, 0, token);
+    decode_branches<F>(d, layer, completes);
+    linear(a->stream, a->mid, a->x, NULL, 0, a->attention, matrix<F>(g, w->o), rows, (int64_t)s.H * s.Dv, C, 0);
 }
 
 // mid -> x
+template <typename F>
 static void decode_ffn(Decoder *d, int layer) {
     const Config *c = &d->model->config;
-    const LayerWeights *w = &d->model->twin->layers[layer];
+    const Model *g = d->model->twin;
+    const LayerWeights *w = &g->layers[layer];
     Working *a = d->work;
-    const int64_t rows = d->rows, C = c->hidden_size, F = ffn_width(c, layer);
-    if (F > 0) {
-        linear(a->stream, a->ffn, NULL, w->norm2, c->rms_norm_eps, a->mid, w->gate_up, rows, C, F, 1);
-        linear(a->stream, a->x, a->mid, NULL, 0, a->ffn, w->down, rows, F, C, 0);
+    const int64_t rows = d->rows, C = c->hidden_size, width = ffn_width(c, layer);
+    if (width > 0) {
+        linear(a->stream, a->ffn, NULL, w->norm2, c->rms_norm_eps, a->mid, matrix<F>(g, w->gate_up), rows, C, width, 1);
+        linear(a->stream, a->x, a->mid, NULL, 0, a->ffn, matrix<F>(g, w->down), rows, width, C, 0);
     }
     if (!layer_is_moe(c, layer)) return;
-    const Experts e = {a->x, a->ffn, F > 0 ? a->x : a->mid, a->mid, w->norm2, w->experts, a->share, a->choice, c->rms_norm_eps, c->num_experts_per_tok, moe_shape(c, rows, NULL)};
-    linear(a->stream, a->router, NULL, w->norm2, c->rms_norm_eps, a->mid, w->router, rows, C, c->num_experts, 0);
-    route_kernel<<<grid(rows, WARPS), THREADS, 0, a->stream>>>(a->choice, a->share, a->router, rows, c->num_experts, e.k);
-    expert_up_kernel<<<grid(rows * e.k * e.s.F, WARPS), THREADS, 0, a->stream>>>(e);
-    expert_down_kernel<<<grid(rows * C, WARPS), THREADS, 0, a->stream>>>(e);
-    LAUNCHED();
+    const Experts<F> e = {a->x, a->ffn, width > 0 ? a->x : a->mid, a->mid, w->norm2, a->share, matrix<F>(g, w->experts), a->choice, c->rms_norm_eps,
+                          c->num_experts_per_tok, moe_shape(c, rows, NULL)};
+    linear(a->stream, a->router, NULL, w->norm2, c->rms_norm_eps, a->mid, matrix<F>(g, w->router), rows, C, c->num_experts, 0);
+    launch(a->stream, route_kernel, grid(rows, WARPS), THREADS, 0, a->choice, a->share, a->router, rows, c->num_experts, e.k);
+    launch(a->stream, expert_up_kernel<F>, grid(rows * e.k * e.s.F, WARPS), THREADS, 0, e);
+    launch(a->stream, expert_down_kernel<F>, grid(rows * C, WARPS), THREADS, 0, e);
 }
 
-// Everything from the tokens to the logits, which is what the graph holds.
-static void decode_model(Decoder *d) {
+// Everything from the tokens to the logits, which is what a graph holds.
+template <typename F>
+static void decode_model(Decoder *d, int completes) {
     const Config *c = &d->model->config;
     const Model *g = d->model->twin;
     Working *w = d->work;
     const int64_t rows = d->rows, C = c->hidden_size, V = c->vocab_size;
-    CUDA(cudaMemcpyAsync(w->device_input, w->input, sizeof(Input) + (size_t)rows * sizeof(int), cudaMemcpyHostToDevice, w->stream));
-    begin_kernel<<<(unsigned)rows, THREADS, 0, w->stream>>>(w->x, w->angles, w->device_input, g->embed, C, w->frequency, c->head_dim / 2, c->cmp_block);
+    CUDA(cudaMemcpyAsync(w->device_input, w->input, input_bytes(d), cudaMemcpyHostToDevice, w->stream));
+    begin_kernel<F><<<(unsigned)rows, THREADS, 0, w->stream>>>(w->x, w->angles, w->device_input, matrix<F>(g, g->embed), C, w->frequency, c->head_dim / 2, c->cmp_block);
     LAUNCHED();
     for (int l = 0; l < c->num_hidden_layers; l++) {
-        decode_attention(d, l);
-        decode_ffn(d, l);
+        decode_attention<F>(d, l, completes);
+        decode_ffn<F>(d, l);
     }
-    linear(w->stream, w->logits, NULL, g->norm, c->rms_norm_eps, w->x, g->head, rows, C, V, 0);
+    linear(w->stream, w->logits, NULL, g->norm, c->rms_norm_eps, w->x, matrix<F>(g, g->head), rows, C, V, 0);
     CUDA(cudaMemcpyAsync(d->logits, w->logits, (size_t)(rows * V) * sizeof(float), cudaMemcpyDeviceToHost, w->stream));
 }
 
+// What `work` asks of the stream, as a graph.
+template <typename Work>
+static cudaGraphExec_t record(cudaStream_t stream, Work work) {
+    cudaGraph_t graph;
+    cudaGraphExec_t result;
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    work();
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&result, graph, 0));
+    CUDA(cudaGraphDestroy(graph));
+    return result;
+}
+
 void decode_token(Decoder *d, const int *tokens) {
+    const Config *c = &d->model->config;
     Working *w = d->work;
-    if (!w->graph) {
-        cudaGraph_t graph;
-        CUDA(cudaStreamBeginCapture(w->stream, cudaStreamCaptureModeThreadLocal));
-        decode_model(d);
-        CUDA(cudaStreamEndCapture(w->stream, &graph));
-        CUDA(cudaGraphInstantiate(&w->graph, graph, 0));
-        CUDA(cudaGraphDestroy(graph));
-    }
-    w->input->position = d->length;
-    memcpy(w->input->tokens, tokens, (size_t)d->rows * sizeof(int));
-    CUDA(cudaGraphLaunch(w->graph, w->stream));
+    const int completes = has_nsa(c) && completes_block(c, d->length);
+    cudaGraphExec_t *graph = &w->graph[completes];
+    if (!*graph) *graph = record(w->stream, [&] {
+        if (is_bf16(c)) decode_model<bf16>(d, completes);
+        else decode_model<float>(d, completes);
+    });
+    plan_token(d, tokens);
+    CUDA(cudaGraphLaunch(*graph, w->stream));
     CUDA(cudaStreamSynchronize(w->stream));
 }
 
 // ----------------------------------------------------------------------------
 // Memory, and the prompt
 
-// Carves what Working has on the GPU from `memory`; returns the numbers it takes (memory NULL: only counts).
-static int64_t carve_working(Working *w, const Config *c, int64_t rows, int64_t capacity, float *memory) {
-    const int64_t C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, most = max64(D, Dv);
-    const int64_t k = c->num_experts_per_tok, lists = rows * KV, ints = (int64_t)(sizeof(Input) / sizeof(int));
-    int64_t used = 0, wide = 0, width = 0, nsa = 0;
+// Carves what Working has on the GPU; m->memory NULL: only counts.
+static void carve_working(Working *w, const Config *c, int64_t rows, int64_t capacity, Carver *m) {
+    const int64_t C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
+    const int64_t k = c->num_experts_per_tok, lists = rows * KV, nsa = has_nsa(c);
+    int64_t wide = 0, width = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
         wide = max64(wide, wide_row(c, l).size);
         width = max64(width, ffn_width(c, l));
-        nsa |= !layer_is_full(c, l);
     }
     if (c->num_experts) width = max64(width, k * c->moe_intermediate_size);
     const int64_t parts = (nsa ? BRANCHES : 1) * rows * H * w->splits, slots = nsa ? compressed_seen(capacity - 1, c->cmp_block, c->cmp_stride) : 0;
-    w->device_input = (Input *)take_ints(&memory, &used, ints + rows);
-    w->frequency = (double *)take_ints(&memory, &used, D);
-    w->angles = take(&memory, &used, 2 * D);
-    w->x = take(&memory, &used, rows * C);
-    w->mid = take(&memory, &used, rows * C);
-    w->wide = take(&memory, &used, rows * wide);
-    w->gates = take(&memory, &used, rows * H * BRANCHES);
-    w->flat = take(&memory, &used, nsa * lists * 2 * c->cmp_block * most);
-    w->hidden = take(&memory, &used, nsa * lists * 2 * 2 * most);
-    w->compressed = take(&memory, &used, nsa * lists * 2 * most);
-    w->scores = take(&memory, &used, rows * H * slots);
-    w->importance = take(&memory, &used, nsa * lists * (capacity / max64(c->sel_block, 1) + 1));
-    w->block_idx = take_ints(&memory, &used, nsa * lists * c->sel_blocks);
-    w->parts.top = take(&memory, &used, parts);
-    w->parts.sum = take(&memory, &used, parts);
-    w->parts.out = take(&memory, &used, parts * Dv);
-    w->attention = take(&memory, &used, rows * H * Dv);
-    w->ffn = take(&memory, &used, rows * width);
-    w->router = take(&memory, &used, rows * c->num_experts);
-    w->share = take(&memory, &used, rows * k);
-    w->choice = take_ints(&memory, &used, rows * k);
-    w->logits = take(&memory, &used, rows * c->vocab_size);
-    return used;
+    char *input;
+    carve(m, &input, (int64_t)sizeof(Input) + rows * (int64_t)sizeof(int));
+    w->device_input = (Input *)input;
+    carve(m, &w->frequency, D / 2);
+    carve(m, &w->angles, 2 * D);
+    carve(m, &w->x, rows * C);
+    carve(m, &w->mid, rows * C);
+    carve(m, &w->wide, rows * wide);
+    carve(m, &w->gates, rows * H * BRANCHES);
+    for (int v = 0; v < 2; v++) {
+        carve(m, &w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D));
+        carve(m, &w->hidden[v], nsa * lists * 2 * (v ? Dv : D));
+    }
+    carve(m, &w->scores, rows * H * slots);
+    carve(m, &w->importance, nsa * lists * most_selection_blocks(c, capacity));
+    carve(m, &w->block_idx, nsa * lists * c->sel_blocks);
+    carve(m, &w->parts.top, parts);
+    carve(m, &w->parts.sum, parts);
+    carve(m, &w->parts.out, parts * Dv);
+    carve(m, &w->attention, rows * H * Dv);
+    carve(m, &w->ffn, rows * width);
+    carve(m, &w->router, rows * c->num_experts);
+    carve(m, &w->share, rows * k);
+    carve(m, &w->choice, rows * k);
+    carve(m, &w->logits, rows * c->vocab_size);
 }
 
-// Enough blocks of threads to keep the GPU busy, however few lists of keys there are.
-static int choose_splits(const Config *c, int rows) {
-    const int64_t G = c->num_attention_heads / c->num_key_value_heads, blocks = (int64_t)rows * c->num_key_value_heads * ((G + HEADS - 1) / HEADS);
-    return (int)max64(1, min64(MOST_SPLITS, 2 * gpu.multiProcessorCount / blocks));
+// Into how many shares the keys of a launch are cut for each of `lists`, when `slots` blocks of threads fit on the GPU at once: the time goes
+// with how often it must be filled, and for each time with the keys of a share and with what a block of threads costs without any, which
+// here counts as one 64th of the keys.
+static int choose_splits(int64_t lists, int64_t slots) {
+    int best = 1;
+    double least = INFINITY;
+    for (int splits = 1; splits <= MOST_SPLITS; splits++) {
+        const double time = (double)((lists * splits + slots - 1) / slots) * (1.0 / splits + 1.0 / 64);
+        if (time < least) least = time, best = splits;
+    }
+    return best;
+}
+
+// What follows from the shape, the number of texts and the room for them.
+static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity) {
+    device_open();
+    w->fast = fast_decode(c, capacity);
+    const int64_t G = c->num_attention_heads / c->num_key_value_heads, together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS;
+    const int64_t at_once = w->fast ? max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c)) : 2;      // blocks of threads of a multiprocessor
+    w->splits = choose_splits(rows * c->num_key_value_heads * ((G + together - 1) / together), at_once * gpu.multiProcessorCount);
 }
 
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
     Working none;
-    none.splits = choose_splits(c, rows);
-    return carve_working(&none, c, rows, tokens, NULL) * (int64_t)sizeof(float);
+    Carver m = {NULL, 0};
+    choose_tier(&none, c, rows, tokens);
+    carve_working(&none, c, rows, tokens, &m);
+    return m.used;
 }
 
 void decoder_open(Decoder *d) {
     Model *m = d->model;
     const Config *c = &m->config;
-    const size_t rows = (size_t)d->rows;
     Working *w = d->work = (Working *)xcalloc(1, sizeof(Working));
     w->free_bytes = w->least_free_bytes = device_memory();
     device_alloc(m, 1, 1, 0, 0);
     device_store(m);
-    w->splits = choose_splits(c, d->rows);
     CUDA(cudaStreamCreate(&w->stream));         // one that waits for the work of the prompt, which has none of its own
-    CUDA(cudaMallocHost((void **)&w->input, sizeof(Input) + rows * sizeof(int)));
-    CUDA(cudaMallocHost((void **)&d->logits, rows * (size_t)c->vocab_size * sizeof(float)));
+    CUDA(cudaMallocHost((void **)&w->input, input_bytes(d)));
+    CUDA(cudaMallocHost((void **)&d->logits, (size_t)d->rows * (size_t)c->vocab_size * sizeof(float)));
     const DecodeShape s = decode_shape(d, 0);
-    allow_shared(attend_kernel, attend_numbers(&s) * (int64_t)sizeof(float), "attention with heads this wide", "sample, on the CPU");
-    allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", "sample, on the CPU");
+    const int64_t numbers = attend_numbers(&s) * (int64_t)sizeof(float);
+    const char *wide_heads = "attention with heads this wide", *cpu = "sample, on the CPU";
+    if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
+    else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
+    allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
+    if (!fast_model(c)) return;
+    if (has_nsa(c)) allow_shared(importance_kernel, importance_bytes(&s), "selection for so many heads on a KV head", cpu);
+    if (s.D == 64) allow_shared(fast_attend_kernel<64, 64>, KeyRing<64, 64>::BYTES, FAST_NAME, FAST_FIX);
+    else if (s.D == 128) allow_shared(fast_attend_kernel<128, 128>, KeyRing<128, 128>::BYTES, FAST_NAME, FAST_FIX);
+    else allow_shared(fast_attend_kernel<192, 128>, KeyRing<192, 128>::BYTES, FAST_NAME, FAST_FIX);
 }
 
-static void drop_graph(Working *w) {
-    if (w->graph) CUDA(cudaGraphExecDestroy(w->graph));
-    w->graph = NULL;
+static void drop_graphs(Working *w) {
+    for (int i = 0; i < 2; i++) {
+        if (w->graph[i]) CUDA(cudaGraphExecDestroy(w->graph[i]));
+        w->graph[i] = NULL;
+    }
 }
 
 void decoder_close(Decoder *d) {
     Working *w = d->work;
-    drop_graph(w);
+    drop_graphs(w);
     CUDA(cudaFree(w->memory));
     CUDA(cudaFreeHost(w->input));
     CUDA(cudaFreeHost(d->logits));
@@ -1072,10 +1624,14 @@ int64_t peak_memory(const Decoder *d) { return d->work->free_bytes - d->work->le
 void decoder_room(Decoder *d) {
     const Config *c = &d->model->config;
     Working *w = d->work;
-    drop_graph(w);
+    Carver m = {NULL, 0};
+    drop_graphs(w);
     CUDA(cudaFree(w->memory));
-    w->memory = (float *)device_malloc(carve_working(w, c, d->rows, d->capacity, NULL) * (int64_t)sizeof(float));
-    carve_working(w, c, d->rows, d->capacity, w->memory);
+    choose_tier(w, c, d->rows, d->capacity);
+    carve_working(w, c, d->rows, d->capacity, &m);
+    m.memory = (char *)(w->memory = device_malloc(m.used));
+    m.used = 0;
+    carve_working(w, c, d->rows, d->capacity, &m);
     const int half = c->head_dim / 2;
     double *frequency = (double *)xmalloc((size_t)half * sizeof(double));
     for (int j = 0; j < half; j++) frequency[j] = pow(c->rope_theta, -2.0 * j / c->head_dim);
@@ -1084,81 +1640,99 @@ void decoder_room(Decoder *d) {
     note_memory(w);
 }
 
-real *lists_grow(real *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t width) {
-    float *grown = (float *)device_malloc(lists * slots * width * (int64_t)sizeof(float));
-    const size_t row = (size_t)width * sizeof(float), old_bytes = (size_t)old_slots * row;
-    if (old && old_bytes) CUDA(cudaMemcpy2D(grown, (size_t)slots * row, old, old_bytes, old_bytes, (size_t)lists, cudaMemcpyDeviceToDevice));
+void *lists_grow(void *old, int64_t lists, int64_t old_slots, int64_t slots, int64_t slot_bytes) {
+    void *grown = device_malloc(lists * slots * slot_bytes);
+    const size_t bytes = (size_t)(slots * slot_bytes), old_bytes = (size_t)(old_slots * slot_bytes);
+    if (old && old_bytes) CUDA(cudaMemcpy2D(grown, bytes, old, old_bytes, old_bytes, (size_t)lists, cudaMemcpyDeviceToDevice));
     CUDA(cudaFree(old));
     return grown;
 }
 
-void lists_free(real *lists) { CUDA(cudaFree(lists)); }
+void lists_free(void *lists) { CUDA(cudaFree(lists)); }
 
 // Tokens first .. first + n - 1 of x (T,KV,width), tokens x_row apart, into their slots of every row's lists (rows,KV,slots,width).
-__global__ void fill_kernel(float *lists, int64_t slots, const float *x, int64_t x_row, int64_t first, int64_t n, int64_t rows, int kv, int width) {
+template <typename F>
+__global__ void fill_kernel(F *lists, int64_t slots, const F *x, int64_t x_row, int64_t first, int64_t n, int64_t rows, int kv, int width) {
     const int64_t item = global_thread(), c = item % width, h = item / width % kv, t = first + item / width / kv % n, r = item / width / kv / n;
     if (r < rows) lists[((r * kv + h) * slots + t % slots) * width + c] = x[t * x_row + h * width + c];
 }
 
 // The last `slots` of n tokens.
-static void fill(float *lists, int64_t slots, const float *x, int64_t x_row, int64_t n, int rows, int kv, int width) {
+template <typename F>
+static void fill(void *lists, int64_t slots, const F *x, int64_t x_row, int64_t n, int rows, int kv, int width) {
     const int64_t kept = min64(n, slots);
     if (kept == 0) return;
-    fill_kernel<<<grid(rows * kv * kept * width, THREADS), THREADS>>>(lists, slots, x, x_row, n - kept, kept, rows, kv, width);
+    fill_kernel<<<grid(rows * kv * kept * width, THREADS), THREADS>>>((F *)lists, slots, x, x_row, n - kept, kept, rows, kv, width);
     LAUNCHED();
 }
 
 // What the forward pass of a layer over the prompt (T tokens) leaves for later tokens, in every row.
+template <typename F>
 static void cache_fill(Decoder *d, int layer, int64_t T) {
     const Config *c = &d->model->config;
-    const GpuActs<float> *a = &net<float>.acts[layer];
+    const GpuActs<F> *a = &net<F>.acts[layer];
     const WideRow row = gpu_wide_row(c, layer);
     const LayerCache *cache = &d->layers[layer];
     const int rows = d->rows, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
     for (int b = 0; b < row.branches; b++) {
         const KeyCache *to = &cache->branch[b];
-        const float *k = a->wide + row.k[b], *v = a->wide + row.v[b];
+        const F *k = a->wide + row.k[b], *v = a->wide + row.v[b];
         if (row.branches > 1 && b == CMP) {
             const int64_t blocks = compressed_seen(T - 1, c->cmp_block, c->cmp_stride);
-            fill(to->k, to->slots, a->compressed[0], (int64_t)KV * D, blocks, rows, KV, D);
-            fill(to->v, to->slots, a->compressed[1], (int64_t)KV * Dv, blocks, rows, KV, Dv);
-            fill(cache->tail[0], c->cmp_block, k, row.size, T, rows, 1, KV * D);
-            fill(cache->tail[1], c->cmp_block, v, row.size, T, rows, 1, KV * Dv);
+            fill<F>(to->k, to->slots, a->compressed[0], (int64_t)KV * D, blocks, rows, KV, D);
+            fill<F>(to->v, to->slots, a->compressed[1], (int64_t)KV * Dv, blocks, rows, KV, Dv);
+            fill<F>(cache->tail[0], c->cmp_block, k, row.size, T, rows, 1, KV * D);
+            fill<F>(cache->tail[1], c->cmp_block, v, row.size, T, rows, 1, KV * Dv);
         } else {
-            fill(to->k, to->slots, k, row.size, T, rows, KV, D);
-            fill(to->v, to->slots, v, row.size, T, rows, KV, Dv);
+            fill<F>(to->k, to->slots, k, row.size, T, rows, KV, D);
+            fill<F>(to->v, to->slots, v, row.size, T, rows, KV, Dv);
         }
     }
 }
 
-void prefill_begin(Decoder *d, const int *tokens, int64_t T) {
-    const Model *g = d->model->twin;
+template <typename F>
+static void prefill_begin_as(Decoder *d, const int *tokens, int64_t T) {
     note_memory(d->work);
-    to_device(net<float>.work.tokens, tokens, T * (int64_t)sizeof(int));
-    gpu_embed<float>(g, 1, T, NULL);
+    to_device(net<F>.work.tokens, tokens, T * (int64_t)sizeof(int));
+    gpu_embed<F>(d->model->twin, 1, T, NULL);
+}
+void prefill_begin(Decoder *d, const int *tokens, int64_t T) {
+    if (is_bf16(&d->model->config)) prefill_begin_as<bf16>(d, tokens, T);
+    else prefill_begin_as<float>(d, tokens, T);
 }
 
+template <typename F>
+static void prefill_layer_as(Decoder *d, int layer, int64_t T) {
+    gpu_attention_layer_forward<F>(d->model->twin, layer, 1, T, NULL);
+    gpu_ffn_layer_forward<F>(d->model->twin, layer, 1, T, NULL);
+    cache_fill<F>(d, layer, T);
+}
 void prefill_layer(Decoder *d, int layer, int64_t T) {
-    gpu_attention_layer_forward<float>(d->model->twin, layer, 1, T, NULL);
-    gpu_ffn_layer_forward<float>(d->model->twin, layer, 1, T, NULL);
-    cache_fill(d, layer, T);
+    if (is_bf16(&d->model->config)) prefill_layer_as<bf16>(d, layer, T);
+    else prefill_layer_as<float>(d, layer, T);
 }
 
 void prompt_choices(const Decoder *d, int layer, int64_t T, int *block_idx, real *gates) {
     const Config *c = &d->model->config;
-    const GpuActs<float> *a = &net<float>.acts[layer];
-    to_host(block_idx, a->block_idx, T * c->num_key_value_heads * c->sel_blocks * (int64_t)sizeof(int));
-    to_host(gates, a->gates, T * c->num_attention_heads * BRANCHES * (int64_t)sizeof(float));
+    const int *chosen = is_bf16(c) ? net<bf16>.acts[layer].block_idx : net<float>.acts[layer].block_idx;
+    const float *gate = is_bf16(c) ? net<bf16>.acts[layer].gates : net<float>.acts[layer].gates;
+    to_host(block_idx, chosen, T * c->num_key_value_heads * c->sel_blocks * (int64_t)sizeof(int));
+    to_host(gates, gate, T * c->num_attention_heads * BRANCHES * (int64_t)sizeof(float));
+}
+
+// The last layer has left the norm of its output for the head.
+template <typename F>
+static void prompt_logits_as(const Model *g, int64_t first, int64_t n, float *out) {
+    const int64_t C = g->config.hidden_size, V = g->config.vocab_size;
+    gpu_linear_forward(out, V, net<F>.work.norm + first * C, C, matrix<F>(g, g->head), n, C, V);
 }
 
 void prompt_logits(Decoder *d, int64_t first, int64_t n, real *logits) {
-    const Config *c = &d->model->config;
-    const Model *g = d->model->twin;
-    const int64_t C = c->hidden_size, V = c->vocab_size;
-    float *out = (float *)device_malloc(n * V * (int64_t)sizeof(float));
-    linear(d->work->stream, out, NULL, g->norm, c->rms_norm_eps, net<float>.acts[c->num_hidden_layers - 1].out + first * C, g->head, n, C, V, 0);
-    CUDA(cudaStreamSynchronize(d->work->stream));
-    to_host(logits, out, n * V * (int64_t)sizeof(float));
+    const int64_t count = n * d->model->config.vocab_size;
+    float *out = (float *)device_malloc(count * (int64_t)sizeof(float));
+    if (is_bf16(&d->model->config)) prompt_logits_as<bf16>(d->model->twin, first, n, out);
+    else prompt_logits_as<float>(d->model->twin, first, n, out);
+    to_host(logits, out, count * (int64_t)sizeof(float));
     CUDA(cudaFree(out));
 }
 #endif
@@ -1176,7 +1750,7 @@ void decoder_create(Decoder *d, Model *m, int rows) {
     decoder_open(d);
     for (int l = 0; l < c->num_hidden_layers; l++)
         for (int i = 0; i < 2 && !layer_is_full(c, l); i++)
-            d->layers[l].tail[i] = lists_grow(NULL, rows, 0, c->cmp_block, (int64_t)c->num_key_value_heads * (i ? c->v_head_dim : c->head_dim));
+            d->layers[l].tail[i] = lists_grow(NULL, rows, 0, c->cmp_block, c->num_key_value_heads * (i ? c->v_head_dim : c->head_dim) * cache_number(c));
 }
 
 void decoder_free(Decoder *d) {
@@ -1200,8 +1774,8 @@ void decoder_reserve(Decoder *d, int64_t tokens) {
             KeyCache *cache = &d->layers[l].branch[b];
             const int64_t slots = cache_slots(c, l, b, d->capacity);
             if (cache->k && slots == cache->slots) continue;
-            cache->k = lists_grow(cache->k, lists, cache->slots, slots, c->head_dim);
-            cache->v = lists_grow(cache->v, lists, cache->slots, slots, c->v_head_dim);
+            cache->k = lists_grow(cache->k, lists, cache->slots, slots, c->head_dim * cache_number(c));
+            cache->v = lists_grow(cache->v, lists, cache->slots, slots, c->v_head_dim * cache_number(c));
             cache->slots = slots;
         }
     decoder_room(d);
@@ -1366,7 +1940,7 @@ int draw_token(const real *logits, int V, double temp, int64_t top_k, double top
 
 typedef struct SampleOptions {
     const char *model, *tokenizer, *prompt, *file, *dump_logits, *dump_attention;
-    int interactive, no_echo, stats, help, batch, threads;
+    int interactive, no_echo, stats, help, batch, threads, dtype;
     int64_t tokens, top_k, seed;
     double temp, top_p;
     unsigned char given[MAX_OPTIONS];
@@ -1409,6 +1983,9 @@ static const Option sample_options[] = {
     {0, "stats", OPT_FLAG, OF_CALL, AT(stats), NULL, 0, 0, "", "speed and memory, on the standard error"},
     {0, "dump-logits", OPT_TEXT, OF_CALL, AT(dump_logits), "FILE", 0, 0, "", "write a safetensors with the logits behind every token of the prompt: logits (tokens, V), f32"},
     {0, "dump-attention", OPT_TEXT, OF_CALL, AT(dump_attention), "FILE", 0, 0, "", "write the blocks that every token of the prompt chose, and its gates; scripts/attention_map.py draws it"},
+#ifdef NSA_CU
+    {0, "dtype", OPT_CHOICE, OF_CALL, AT(dtype), "f32|bf16", 0, 0, NULL, "of weights, keys and values: f32 computes what ./sample does, bf16 is faster and takes half the memory"},
+#endif
     {0, "threads", OPT_INT, OF_CALL, AT(threads), "N", 0, 4096, "all", "threads to compute with"},
     {'h', "help", OPT_FLAG, OF_CALL, AT(help), NULL, 0, 0, "", "this text"},
 };
@@ -1620,7 +2197,7 @@ void sampler_load(Sampler *s) {
     if (!config) die(1, "-e %s holds no model (no %s/config.json)", o->model, folder);
     const int result = config_load(&s->config, config, err);
     if (result < 0) die(result == -2 ? 2 : 1, "%s", err);
-    s->config.torch_dtype = DTYPE_F32;      // what is computed in, whatever the file holds
+    s->config.torch_dtype = o->dtype;       // what is computed in, whatever the file holds: --dtype of samplecu, else f32
 
     tokenizer = o->tokenizer ? xstrdup(o->tokenizer) : existing(format("%s/tokenizer.json", folder));
     if (!tokenizer) tokenizer_bytes(&s->tokenizer);

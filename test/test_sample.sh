@@ -66,6 +66,14 @@ good -e gpt2 -p "$prompt" -n 50 --seed 3
 check 'whole characters from a BPE' valid_utf8 out.txt
 good -e gpt2 -n 5                  # starts with the end-of-text token
 
+if "$SAMPLE" --help | grep -q -e '--dtype'; then       # on a GPU
+    good -e run -p "$prompt" -n 40 --dtype bf16 --temp 0
+    cp out.txt first.txt
+    good -e run -p "$prompt" -n 40 --dtype bf16 --temp 0
+    check 'the same text in bf16 too' cmp first.txt out.txt
+    good -e experts -p abc -n 20 --dtype bf16 --batch 2
+fi
+
 # --- where it stops
 good -e run -p abc -n 0
 check '-n 0 writes nothing' test ! -s out.txt

@@ -1,16 +1,18 @@
 // What the programs of this folder share; include it after train_nsa.cu.
 
 // x (n) normal random numbers, the same for the same seed.
-__global__ void normal_kernel(bf16 *x, int64_t n, uint32_t seed) {
+template <typename F>
+__global__ void normal_kernel(F *x, int64_t n, uint32_t seed) {
     const int64_t i = global_thread();
     if (i >= n) return;
     uint32_t word[4];
     const uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), 0, 0}, key[2] = {seed, 0};
     philox4x32(word, counter, key);
     const float u = ((float)word[0] + 0.5f) * 2.3283064e-10f, angle = (float)word[1] * 1.4629180e-9f;      // Box and Muller: 2^-32, 2π·2^-32
-    x[i] = (bf16)(sqrtf(-2 * logf(u)) * cosf(angle));
+    x[i] = (F)(sqrtf(-2 * logf(u)) * cosf(angle));
 }
-static void random_numbers(bf16 *x, int64_t n, uint32_t seed) {
+template <typename F>
+static void random_numbers(F *x, int64_t n, uint32_t seed) {
     normal_kernel<<<grid(n, THREADS), THREADS>>>(x, n, seed);
     LAUNCHED();
 }
