@@ -177,7 +177,7 @@ static void device_open(void) {
     CUDA(cudaMalloc(&cublas_workspace, CUBLAS_WORKSPACE));
 }
 
-// Where there is no GPU, memory is counted for one with as many multiprocessors as an H100.
+// Where there is no GPU, memory is counted for an H100.
 void device_plan(void) {
     int count = 0;
     if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return;
@@ -2603,8 +2603,10 @@ static int hopper_code(void) {
     static int there = -1;
     if (there >= 0) return there;
     device_open();
+    there = gpu.major == 9 && gpu.minor == 0;
+    if (!there || !cublas) return there;        // the GPU of device_plan cannot be asked
     int *on_device = (int *)device_malloc(sizeof there);
-    if (gpu.major == 9 && gpu.minor == 0) hopper_code_kernel<<<1, 1>>>(on_device);
+    hopper_code_kernel<<<1, 1>>>(on_device);
     LAUNCHED();
     to_host(&there, on_device, sizeof there);
     CUDA(cudaFree(on_device));
