@@ -109,8 +109,10 @@ const char *program_name = "train_nsa";
 enum { ERR_LEN = 512 };  // size of every `err` buffer
 
 // One message is one line, whatever stands in the file names and values it quotes.
-static inline void fold_line(char *s) {
-    for (; *s; s++) if ((unsigned char)*s < 32 || *s == 127) *s = ' ';
+__attribute__((format(printf, 3, 0)))
+static void one_line(char *line, size_t size, const char *fmt, va_list ap) {
+    vsnprintf(line, size, fmt, ap);
+    for (char *s = line; *s; s++) if ((unsigned char)*s < 32 || *s == 127) *s = ' ';
 }
 
 // This process among those that share the run (see Ranks): alone, it is rank 0 of 1.
@@ -135,9 +137,8 @@ void die(int code, const char *fmt, ...) {
     char line[4 * ERR_LEN];
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
+    one_line(line, sizeof line, fmt, ap);
     va_end(ap);
-    fold_line(line);
     if (comm.together) {
         code = comm_agree(code, line);
         die_together(code, "%s", line);
@@ -154,9 +155,8 @@ void warn(const char *fmt, ...) {
     va_list ap;
     if (comm.rank) return;      // all ranks have the same reason
     va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
+    one_line(line, sizeof line, fmt, ap);
     va_end(ap);
-    fold_line(line);
     fflush(stdout);
     fprintf(stderr, "%s: warning: %s\n", program_name, line);
 }
@@ -168,9 +168,8 @@ int fail(char *err, const char *fmt, ...) {
     char line[ERR_LEN];  // err itself may be among the arguments
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
+    one_line(line, sizeof line, fmt, ap);
     va_end(ap);
-    fold_line(line);
     memcpy(err, line, sizeof line);
     return -1;
 }
@@ -744,9 +743,8 @@ void die_together(int code, const char *fmt, ...) {
     char line[4 * ERR_LEN];
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
+    one_line(line, sizeof line, fmt, ap);
     va_end(ap);
-    fold_line(line);
     fflush(stdout);
     if (comm.rank == 0) fprintf(stderr, "%s: %s\n", program_name, line);
     exit(code);     // by comm_close, where the ranks meet once more
@@ -807,9 +805,8 @@ static void die_apart(int code, const char *fmt, ...) {
     else {
         char line[4 * ERR_LEN];
         va_start(ap, fmt);
-        vsnprintf(line, sizeof line, fmt, ap);
+        one_line(line, sizeof line, fmt, ap);
         va_end(ap);
-        fold_line(line);
         fprintf(stderr, "%s: %s\n", program_name, line);
     }
     exit(code);
@@ -2391,12 +2388,6 @@ void options_parse(const Option *table, int rows, void *values, unsigned char *g
 int option_row(const Option *table, int rows, size_t offset) {
     for (int i = 0; i < rows; i++)
         if (table[i].type != OPT_GROUP && table[i].offset == offset) return i;
-    return -1;
-}
-
-int option_row_named(const Option *table, int rows, const char *name) {
-    for (int i = 0; i < rows; i++)
-        if (table[i].type != OPT_GROUP && !strcmp(table[i].name, name)) return i;
     return -1;
 }
 
