@@ -1914,6 +1914,42 @@ __device__ static inline SeenKeys seen_keys(const FastRows *x, const Mask *mask,
     return seen;
 }
 
+// p (16,KEYS) of a warp's rows and the keys from k0 on: those that a row does not see, or that are not before `end`, become `value`.
+template <int KEYS>
+__device__ static inline void hide_keys(float (*p)[4], int k0, int end, const SeenKeys *seen, float value) {
+    #pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
+            if (key < seen->lo[e / 2] || key >= min32(seen->hi[e / 2], end)) p[n][e] = value;
+        }
+}
+
+// Scores p (16,KEYS) to exponentials, under the highest score of each row so far; what was summed before them shrinks by `shrink`.
+template <int KEYS>
+__device__ static inline void online_softmax(float (*p)[4], float top[2], float sum[2], float shrink[2], float scale2) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float higher = top[i];
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
+        higher = quad_max(higher);
+        const float shift = higher == -INFINITY ? 0 : higher * scale2;
+        shrink[i] = power_of_2(top[i] * scale2 - shift);
+        float more_sum = 0;
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            #pragma unroll
+            for (int e = i * 2; e < i * 2 + 2; e++) {
+                p[n][e] = power_of_2(p[n][e] * scale2 - shift);
+                more_sum += p[n][e];
+            }
+        sum[i] = sum[i] * shrink[i] + more_sum;
+        top[i] = higher;
+    }
+}
+
 // The walk's tile of keys, and that of values behind it.
 template <int D, int DV, int TEAM>
 __device__ static inline void fetch_keys(bf16 *tile, const KeyWalk *w, const bf16 *keys, const bf16 *values, const AttentionShape *s, int member) {
@@ -1999,34 +2035,14 @@ fast_forward_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const b
         float p[KEYS / 8][4] = {{0}};
         times_turned<D, KEYS / 8>(p, qs, key_tile, 0);
         if (k0 < seen.all_lo || k0 + KEYS > min32(seen.all_hi, end)) {
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
-                    if (key < seen.lo[e / 2] || key >= min32(seen.hi[e / 2], end)) p[n][e] = -INFINITY;
-                }
+            hide_keys<KEYS>(p, k0, end, &seen, -INFINITY);
         }
+        float shrink[2];
+        online_softmax<KEYS>(p, top, sum, shrink, scale2);
         #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float higher = top[i];
+        for (int n = 0; n < DV / 8; n++)
             #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
-            higher = quad_max(higher);
-            const float shift = higher == -INFINITY ? 0 : higher * scale2, shrink = power_of_2(top[i] * scale2 - shift);
-            float more_sum = 0;
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                #pragma unroll
-                for (int e = i * 2; e < i * 2 + 2; e++) {
-                    p[n][e] = power_of_2(p[n][e] * scale2 - shift);
-                    more_sum += p[n][e];
-                }
-            sum[i] = sum[i] * shrink + more_sum;
-            top[i] = higher;
-            #pragma unroll
-            for (int n = 0; n < DV / 8; n++) o[n][i * 2] *= shrink, o[n][i * 2 + 1] *= shrink;
-        }
+            for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
             unsigned a[4];
@@ -2804,34 +2820,8 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
             wgmma_commit();
         };
         const auto exponentials = [&](int k0) {
-            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) {
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
-                        if (key < seen.lo[e / 2] || key >= seen.hi[e / 2]) p[n][e] = -INFINITY;
-                    }
-            }
-            #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float higher = top[i];
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
-                higher = quad_max(higher);
-                const float shift = higher == -INFINITY ? 0 : higher * scale2;
-                shrink[i] = power_of_2(top[i] * scale2 - shift);
-                float more_sum = 0;
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = i * 2; e < i * 2 + 2; e++) {
-                        p[n][e] = power_of_2(p[n][e] * scale2 - shift);
-                        more_sum += p[n][e];
-                    }
-                sum[i] = sum[i] * shrink[i] + more_sum;
-                top[i] = higher;
-            }
+            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS>(p, k0, INT_MAX, &seen, -INFINITY);
+            online_softmax<KEYS>(p, top, sum, shrink, scale2);
         };
         const auto as_weights = [&] {
             #pragma unroll
@@ -3295,15 +3285,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
             for (int n = 0; n < KEYS / 8; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - of_row[e / 2].x);
-            if (masked) {
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
-                        if (key < seen.lo[e / 2] || key >= seen.hi[e / 2]) p[n][e] = 0;
-                    }
-            }
+            if (masked) hide_keys<KEYS>(p, k0, INT_MAX, &seen, 0);
             wgmma_wait<0>();
             wgmma_done<KEYS>(dp);
             #pragma unroll
