@@ -2094,6 +2094,22 @@ static void fast_attention_forward(bf16 *out, float *lse, const bf16 *q, const b
 // Backward of the queries: dq (B,T,H,D) f32 = or += g·dS·K, with dS = P∘(dO·Vᵀ - <dout, out>)/sqrt(D); delta (B,T,H) = g·<dout, out> is for
 // the kernel of dk and dv. P = exp(S - lse) is there at once, so that keys are done 16 or 32 at a time.
 
+// The end of a warp's rows: dq = or += sum·factor, of each of a lane's two rows; four lanes write 32 bytes, which is what memory is written in.
+template <int D>
+__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], const float factor[2], const FastRows *rows, const AttentionShape *s) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = rows->first + lane() / 4 + i * 8;
+        if (row > rows->last) continue;
+        float2 *to = (float2 *)(dq + place_of_row(rows, row, s) * D + lane() % 4 * 2);
+        #pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
+            to[n * 4] = make_float2(old.x + sum[n][i * 2] * factor[i], old.y + sum[n][i * 2 + 1] * factor[i]);
+        }
+    }
+}
+
 template <int D, int DV, int TEAM>
 __global__ void __launch_bounds__((TEAM == 1 ? SELECTED_WARPS : TEAM) * WARP, TEAM == 1 ? (D == 64 ? 6 : 3) : D == 64 ? 3 : 2)
 fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q, const bf16 *k,
@@ -2155,17 +2171,8 @@ fast_dq_kernel(float *dq, int accumulate, float *delta, const bf16 *dout, const 
         team_sync<TEAM>();
     }
 
-    for (int i = 0; i < 2; i++) {
-        if (rows.first + lane() / 4 + i * 8 > rows.last) continue;
-        const int64_t to_place = place_of_row(&rows, i ? work.high : work.low, &s);
-        const float factor = scale * (gate ? gate[to_place * BRANCHES] : 1);
-        float2 *to = (float2 *)(dq + to_place * D + lane() % 4 * 2);      // four lanes write 32 bytes, which is what memory is written in
-        #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
-            to[n * 4] = make_float2(old.x + sum[n][i * 2] * factor, old.y + sum[n][i * 2 + 1] * factor);
-        }
-    }
+    const float factors[2] = {scale * (gate ? gate[place[0] * BRANCHES] : 1), scale * (gate ? gate[place[1] * BRANCHES] : 1)};
+    store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
 }
 
 template <int D, int DV, int TEAM>
@@ -3191,22 +3198,6 @@ __global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const flo
     if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
 }
 
-// The end of a warp's rows: dq = or += sum·scale; four lanes write 32 bytes, which is what memory is written in.
-template <int D>
-__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], float scale, const FastRows *rows, const AttentionShape *s) {
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int row = rows->first + lane() / 4 + i * 8;
-        if (row > rows->last) continue;
-        float2 *to = (float2 *)(dq + place_of_row(rows, row, s) * D + lane() % 4 * 2);
-        #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
-            to[n * 4] = make_float2(old.x + sum[n][i * 2] * scale, old.y + sum[n][i * 2 + 1] * scale);
-        }
-    }
-}
-
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
 template <int D, int DV>
@@ -3257,7 +3248,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
 
     registers_more<compute_registers<SLABS>>();
     const int slab = group - 1;
-    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E, factors[2] = {scale, scale};
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
         const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
         const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
@@ -3304,7 +3295,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         let_go(q_empty);
         q_ring.next();
 
-        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
+        store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
 }
@@ -3331,7 +3322,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     }
 
     registers_more<merged_registers<SLABS>>();
-    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E, factors[2] = {scale, scale};
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
     const GroupRows of = group_rows(G);
     RowTile x;
@@ -3393,7 +3384,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
         wgmma_done<D>(sum);
         let_go(my.k_empty + last);
         let_go(my.q_empty);
-        store_dq<D>(dq, accumulate, sum, scale, &rows, &s);
+        store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
 }

@@ -12,6 +12,7 @@
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
 #include "test/check.h"
+#include "bench.h"
 
 static double norm_of(const float *a, int64_t n) {
     double norm = 0;
@@ -20,7 +21,7 @@ static double norm_of(const float *a, int64_t n) {
 }
 
 // |a - b| / (|b| + tiny), norms; NaN is not small. Infinities must be equal, and say nothing else.
-static double error_of(const float *a, const float *b, int64_t n, double tiny) {
+static double error_past_infinities(const float *a, const float *b, int64_t n, double tiny) {
     double diff = 0, norm = 0;
     for (int64_t i = 0; i < n; i++) {
         if (a[i] != b[i]) diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
@@ -240,8 +241,8 @@ static void check_case(const Case *x) {
         check(touched == 0, "%s: version %d: %d numbers beside dk and dv are overwritten", name, version, touched);
 
         const double all = sqrt(norm_of(dq_dense, nd) * norm_of(dq_dense, nd) + norm_of(dk, nk) * norm_of(dk, nk) + norm_of(dv, nv) * norm_of(dv, nv));
-        const double errors[] = {error_of(g_out[0], out, no, 0), error_of(g_lse[0], lse, rows, 1), error_of(g_dq[0], dq_dense, nd, 1e-4 * all),
-                                 error_of(g_dk[0], dk, nk, 1e-4 * all), error_of(g_dv[0], dv, nv, 1e-4 * all)};
+        const double errors[] = {error_past_infinities(g_out[0], out, no, 0), error_past_infinities(g_lse[0], lse, rows, 1), error_past_infinities(g_dq[0], dq_dense, nd, 1e-4 * all),
+                                 error_past_infinities(g_dk[0], dk, nk, 1e-4 * all), error_past_infinities(g_dv[0], dv, nv, 1e-4 * all)};
         const char *const what[] = {"out", "lse", "dq", "dk", "dv"};
         for (int i = 0; i < 5; i++) check(errors[i] < (i == 1 ? F32_ERROR : BF16_ERROR), "%s: version %d: %s: error %.2e", name, version, what[i], errors[i]);
         int same = memcmp(g_out[0], g_out[1], (size_t)no * 4) == 0 && memcmp(g_lse[0], g_lse[1], (size_t)rows * 4) == 0 &&
@@ -323,17 +324,6 @@ static int check_cases(int first, int last) {
 
 static const double PEAK_FLOPS = 790e12, PEAK_BYTES = 4.3e12;       // of one H200: bf16 matrix product and copy, both measured
 
-__global__ void normal_kernel(bf16 *x, float *y, int64_t n, uint64_t seed) {       // y: the same in f32
-    const int64_t i = global_thread();
-    if (i >= n) return;
-    uint32_t word[4];
-    const uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32), 0, 0}, key[2] = {(uint32_t)seed, 0};
-    philox4x32(word, counter, key);
-    const float u = ((float)word[0] + 0.5f) * 2.3283064e-10f, angle = (float)word[1] * 1.4629180e-9f;
-    x[i] = __float2bfloat16(sqrtf(-2 * logf(u)) * cosf(angle));
-    y[i] = __bfloat162float(x[i]);
-}
-
 // Neighbouring queries of a text look for much the same: 9/10 of each is that of the first of its ALIKE tokens.
 enum { ALIKE = 32 };
 __global__ void alike_kernel(bf16 *x, float *y, const float *from, int64_t n, int64_t row) {
@@ -343,55 +333,9 @@ __global__ void alike_kernel(bf16 *x, float *y, const float *from, int64_t n, in
     y[i] = __bfloat162float(x[i]);
 }
 
-// How many blocks a query takes, and how many differ among those of a few neighbours, for each of these.
-static void print_sharing(const int *block_idx, const Mask *mask, const AttentionShape *s) {
-    enum { NEIGHBOURS = 4 };
-    int *idx = (int *)xmalloc((size_t)(s->T * s->KV * mask->n) * sizeof *idx);
-    char *seen = (char *)xcalloc((size_t)(s->T / mask->sel_block + 1), 1);
-    to_host(idx, block_idx, s->T * s->KV * mask->n * 4);
-    double taken = 0, different = 0;
-    for (int64_t t0 = 0; t0 < s->T; t0 += NEIGHBOURS)
-        for (int kv = 0; kv < s->KV; kv++) {
-            for (int pass = 0; pass < 2; pass++)
-                for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
-                    for (int m = 0; m < mask->n; m++) {
-                        const int block = idx[(t * s->KV + kv) * mask->n + m];
-                        if (block < 0) continue;
-                        taken += pass, different += pass && !seen[block];
-                        seen[block] = (char)pass;
-                    }
-            for (int64_t t = t0; t < min64(t0 + NEIGHBOURS, s->T); t++)
-                for (int m = 0; m < mask->n; m++) if (idx[(t * s->KV + kv) * mask->n + m] >= 0) seen[idx[(t * s->KV + kv) * mask->n + m]] = 0;
-        }
-    printf("%.1f blocks a query, %.1f different ones among %d neighbours\n", taken / (double)(s->T * s->KV), different * NEIGHBOURS / (double)(s->T * s->KV), NEIGHBOURS);
-    free(idx), free(seen);
-}
-
-static int ascending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
-// Milliseconds of the middle one of a few runs.
-template <typename Work>
-static double median_ms(int runs, Work work) {
-    enum { MOST = 21 };
-    float ms[MOST];
-    cudaEvent_t begin, end;
-    CUDA(cudaEventCreate(&begin));
-    CUDA(cudaEventCreate(&end));
-    work();
-    for (int i = 0; i < runs && i < MOST; i++) {
-        CUDA(cudaEventRecord(begin));
-        work();
-        CUDA(cudaEventRecord(end));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms[i], begin, end));
-    }
-    CUDA(cudaEventDestroy(begin));
-    CUDA(cudaEventDestroy(end));
-    qsort(ms, (size_t)runs, sizeof *ms, ascending);
-    return (double)ms[runs / 2];
+__global__ void widen_kernel(float *y, const bf16 *x, int64_t n) {
+    const int64_t i = global_thread();
+    if (i < n) y[i] = __bfloat162float(x[i]);
 }
 
 static void report(const char *what, int version, double ms, double flops, double bytes) {
@@ -420,7 +364,8 @@ static double seen_pairs(const Mask *mask, const AttentionShape *s) {
 typedef struct Tensor { bf16 *b; float *f; } Tensor;
 static Tensor random_tensor(int64_t n) {
     Tensor x = {(bf16 *)device_malloc(n * 2), (float *)device_malloc(n * 4)};
-    normal_kernel<<<grid(n, THREADS), THREADS>>>(x.b, x.f, n, ++stream);
+    fill_normal(x.b, n, (uint32_t)++stream);
+    widen_kernel<<<grid(n, THREADS), THREADS>>>(x.f, x.b, n);
     LAUNCHED();
     return x;
 }
@@ -496,13 +441,13 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
                    }), 2 * pairs * D, bytes);
 
     bench_mask("compressed", &compressed, cmp, version, q, k, v);
-    print_sharing(block_idx, &selected, &s);
+    print_sharing(block_idx, T, KV, sel.n, sel.sel_block);
     bench_mask("selected", &selected, s, version, q, k, v);
     Tensor alike = random_tensor(B * T * s.q_row);
     alike_kernel<<<grid(B * T * s.q_row, THREADS), THREADS>>>(alike.b, alike.f, q.f, B * T * s.q_row, s.q_row);
     LAUNCHED();
     choose(alike);
-    print_sharing(block_idx, &selected, &s);
+    print_sharing(block_idx, T, KV, sel.n, sel.sel_block);
     bench_mask("selected, alike", &selected, s, version, alike, k, v);
     free_tensor(&alike);
     bench_mask("window", &window, s, version, q, k, v);

@@ -12,7 +12,7 @@ __global__ void normal_kernel(F *x, int64_t n, uint32_t seed) {
     x[i] = (F)(sqrtf(-2 * logf(u)) * cosf(angle));
 }
 template <typename F>
-static void random_numbers(F *x, int64_t n, uint32_t seed) {
+static void fill_normal(F *x, int64_t n, uint32_t seed) {
     normal_kernel<<<grid(n, THREADS), THREADS>>>(x, n, seed);
     LAUNCHED();
 }
@@ -47,3 +47,38 @@ static double median_ms(int runs, Before before, Run work) {
 }
 template <typename Run>
 static double median_ms(int runs, Run work) { return median_ms(runs, [] {}, work); }
+
+// |a - b| / |b|, norms; NaN is not small.
+static double error_of(const float *a, const float *b, int64_t n) {
+    double diff = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        norm += (double)b[i] * (double)b[i];
+    }
+    const double e = sqrt(diff / norm);
+    return diff == 0 ? 0 : e == e ? e : INFINITY;
+}
+
+// How many different blocks `count` neighbouring queries of the first text take together, on average; alone each takes up to n. block_idx
+// (T,KV,n) is the host's.
+static double blocks_together(const int *block_idx, int64_t T, int KV, int n, int64_t sel_block, int count) {
+    int64_t groups = 0, different = 0, *seen = (int64_t *)xcalloc((size_t)((T - 1) / sel_block + 1), sizeof *seen);
+    for (int kv = 0; kv < KV; kv++)
+        for (int64_t t0 = 0; t0 + count <= T; t0 += count) {
+            groups++;
+            for (int64_t i = 0; i < (int64_t)count * n; i++) {
+                const int block = block_idx[((t0 + i / n) * KV + kv) * n + i % n];
+                if (block >= 0 && seen[block] != groups) seen[block] = groups, different++;
+            }
+        }
+    free(seen);
+    return (double)different / (double)max64(groups, 1);
+}
+static void print_sharing(const int *device_block_idx, int64_t T, int KV, int n, int64_t sel_block) {
+    const int64_t count = T * KV * n;
+    int *idx = (int *)xmalloc((size_t)count * sizeof *idx);
+    to_host(idx, device_block_idx, count * (int64_t)sizeof *idx);
+    printf("    %.1f blocks a query; 4 neighbours take %.1f different ones together, 8 take %.1f\n", blocks_together(idx, T, KV, n, sel_block, 1),
+           blocks_together(idx, T, KV, n, sel_block, 4), blocks_together(idx, T, KV, n, sel_block, 8));
+    free(idx);
+}

@@ -47,16 +47,6 @@ static void give_rows(bf16 *to, const float *x, int64_t n, int64_t width, int64_
 // ----------------------------------------------------------------------------
 // Against the CPU
 
-static double error_of(const float *a, const float *b, int64_t n) {
-    double diff = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) {
-        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-        norm += (double)b[i] * (double)b[i];
-    }
-    const double e = sqrt(diff / (norm + 1e-30));
-    return e == e ? e : INFINITY;
-}
-
 static void check_core(int64_t B, int64_t T, int H, int KV, int D, int full) {
     const Config c = core_config(H, KV, D, full);
     const double gate_init[BRANCHES] = {-2, -2, 2};
@@ -115,22 +105,6 @@ static int check_all(void) {
 // ----------------------------------------------------------------------------
 // Times
 
-// How many different blocks `count` neighbouring queries take together, on average; alone each takes up to n.
-static double blocks_together(const int *block_idx, const Config *c, int64_t T, int count) {
-    const int n = c->sel_blocks, KV = c->num_key_value_heads;
-    int64_t groups = 0, different = 0, *seen = (int64_t *)xcalloc((size_t)((T - 1) / c->sel_block + 1), sizeof *seen);
-    for (int kv = 0; kv < KV; kv++)
-        for (int64_t t0 = 0; t0 + count <= T; t0 += count) {
-            groups++;
-            for (int64_t i = 0; i < (int64_t)count * n; i++) {
-                const int block = block_idx[((t0 + i / n) * KV + kv) * n + i % n];
-                if (block >= 0 && seen[block] != groups) seen[block] = groups, different++;
-            }
-        }
-    free(seen);
-    return (double)different / (double)max64(groups, 1);
-}
-
 // `layer` of the model, whose wide rows are there: as they are before RoPE.
 static void time_core(Model *m, int layer, int64_t T) {
     const Config *c = &m->config;
@@ -138,18 +112,12 @@ static void time_core(Model *m, int layer, int64_t T) {
     const int64_t row = gpu_wide_row(c, layer).size, bytes = T * row * 2, dn = T * c->num_attention_heads * c->v_head_dim;
     bf16 *wide = (bf16 *)device_malloc(bytes);
     device_copy(wide, a->wide, bytes);
-    random_numbers(net<bf16>.work.dattention, dn, 5);
+    fill_normal(net<bf16>.work.dattention, dn, 5);
     const double forward = median_ms(11, [&] { device_copy(a->wide, wide, bytes); }, [&] { gpu_attention_core_forward<bf16>(m->twin, layer, 1, T); });
     const double backward = median_ms(11, [&] { gpu_attention_core_backward<bf16>(m->twin, layer, 1, T); });
     printf("%s T=%" PRId64 " H=%d KV=%d D=%d/%d: forward %.3f ms, backward %.3f ms, on %s\n", layer_is_full(c, layer) ? "full" : "nsa", T, c->num_attention_heads, c->num_key_value_heads,
            c->head_dim, c->v_head_dim, forward, backward, gpu.name);
-    if (!layer_is_full(c, layer)) {
-        const int64_t count = T * c->num_key_value_heads * c->sel_blocks;
-        int *idx = (int *)xmalloc((size_t)count * sizeof *idx);
-        to_host(idx, a->block_idx, count * (int64_t)sizeof *idx);
-        printf("    %d blocks a query; 4 neighbours take %.1f different ones together, 8 take %.1f\n", c->sel_blocks, blocks_together(idx, c, T, 4), blocks_together(idx, c, T, 8));
-        free(idx);
-    }
+    if (!layer_is_full(c, layer)) print_sharing(a->block_idx, T, c->num_key_value_heads, c->sel_blocks, c->sel_block);
     CUDA(cudaFree(wide));
 }
 
@@ -163,7 +131,7 @@ static int bench_random(int64_t T, int H, int KV, int D, int full) {
     device_alloc(&m, 1, T, 0, 1);
     device_store(&m);
     device_zero_grads(&m);
-    random_numbers(net<bf16>.acts[0].wide, n, 7);
+    fill_normal(net<bf16>.acts[0].wide, n, 7);
     time_core(&m, 0, T);
     device_free(&m);
     model_free(&m);

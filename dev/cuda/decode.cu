@@ -259,13 +259,13 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
             const int64_t keys = (int64_t)rows * KV * cache->slots;
             cache->k = device_malloc(keys * c->head_dim * (int64_t)sizeof(F));
             cache->v = device_malloc(keys * c->v_head_dim * (int64_t)sizeof(F));
-            random_numbers((F *)cache->k, keys * c->head_dim, (uint32_t)(6 * i + 2 * b));
-            random_numbers((F *)cache->v, keys * c->v_head_dim, (uint32_t)(6 * i + 2 * b + 1));
+            fill_normal((F *)cache->k, keys * c->head_dim, (uint32_t)(6 * i + 2 * b));
+            fill_normal((F *)cache->v, keys * c->v_head_dim, (uint32_t)(6 * i + 2 * b + 1));
         }
         for (int v = 0; v < 2; v++) caches[i].tail[v] = d.layers[0].tail[v];
     }
-    random_numbers(d.work->wide, rows * wide_row(c, 0).size, 1u << 20);
-    random_numbers(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
+    fill_normal(d.work->wide, rows * wide_row(c, 0).size, 1u << 20);
+    fill_normal(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
 
     printf("version %d, %s: %s tier, %d shares, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, count, human_bytes((double)held));
     const auto time = [&](int completes) { return graph_us<F>(&d, caches, count, [&] { decode_branches<F>(&d, 0, completes); }); };

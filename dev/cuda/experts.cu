@@ -15,6 +15,7 @@ SPDX-License-Identifier: MIT
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
 #include "test/check.h"
+#include "bench.h"
 
 // ----------------------------------------------------------------------------
 // Version 1
@@ -132,17 +133,6 @@ static const char *what = "";       // is checked
 
 static void check_error(const char *name, double error, double limit) {
     check(error <= limit, "%s: %s: error %.3g, allowed %.3g", what, name, error, limit);
-}
-
-// |a - b| / |b|; NaN is not small.
-static double error_of(const float *a, const float *b, int64_t n) {
-    double diff = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) {
-        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-        norm += (double)b[i] * (double)b[i];
-    }
-    const double e = sqrt(diff / norm);
-    return diff == 0 ? 0 : e == e ? e : INFINITY;
 }
 
 static float *host_numbers(int64_t n) { return (float *)xcalloc((size_t)max64(n, 1), sizeof(float)); }
@@ -449,26 +439,6 @@ static int bench(const MoeShape *) { die(2, "times are those of a GPU"); }
 enum { RUNS = 15 };
 static const double FLOPS = 790e12, BYTES = 4.3e12;     // a second, of the GPU
 
-static int by_size(const void *a, const void *b) { return (*(const float *)a > *(const float *)b) - (*(const float *)a < *(const float *)b); }
-
-template <typename Work>
-static double median_ms(Work work) {
-    float ms[RUNS];
-    cudaEvent_t from, to;
-    CUDA(cudaEventCreate(&from));
-    CUDA(cudaEventCreate(&to));
-    work();
-    for (int i = 0; i < RUNS; i++) {
-        CUDA(cudaEventRecord(from));
-        work();
-        CUDA(cudaEventRecord(to));
-        CUDA(cudaEventSynchronize(to));
-        CUDA(cudaEventElapsedTime(&ms[i], from, to));
-    }
-    qsort(ms, RUNS, sizeof(float), by_size);
-    return ms[RUNS / 2];
-}
-
 static void report(const char *name, int version, double ms, double flop, double bytes) {
     const double floor_ms = 1e3 * fmax(flop / FLOPS, bytes / BYTES);
     printf("%-24s version %d  %9.3f ms  %7.1f TFLOP/s  floor %8.3f ms  %5.1f %% of it\n", name, version, ms, flop / ms * 1e-9, floor_ms, 100 * floor_ms / ms);
@@ -504,12 +474,12 @@ static int bench(const MoeShape *s) {
     const auto gather = [&](int64_t from, int64_t n) { gather_rows(rows + from * C, x, on_gpu.row_token + from, n, C, s->k); };
     printf("%s: N %" PRId64 ", C %" PRId64 ", F %" PRId64 ", E %d, k %d, bf16\n", gpu.name, N, C, s->F, s->E, s->k);
     const double flop = 2.0 * (double)R * (double)C * (double)OC, w_bytes = 2.0 * (double)(s->E * OC * C), out_bytes = 2.0 * (double)(R * OC), bytes = w_bytes + out_bytes + 2.0 * (double)(N * C);
-    report("gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(n, OC, C, rows + from * C, C, 0, w + e * stride, C, 1, out + from * OC, OC, 0); }); }), flop, bytes);
-    report("gate_up", 2, median_ms([&] { grouped_forward(out, x, token, w, stride, C, OC, &g); }), flop, bytes);
-    report("dinp of gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gemm(n, C, OC, out + from * OC, OC, 0, w + e * stride, C, 0, rows + from * C, C, 0); }); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
-    report("dinp of gate_up", 2, median_ms([&] { grouped_dinp(rows, out, NULL, w, stride, C, OC, &g); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
-    report("dweight of gate_up", 1, median_ms([&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(OC, C, n, out + from * OC, OC, 1, rows + from * C, C, 0, dw + e * stride, C, 1); }); }), flop, bytes + 3 * w_bytes);
-    report("dweight of gate_up", 2, median_ms([&] { grouped_dweight(dw, stride, out, NULL, x, token, C, OC, &g); }), flop, bytes + 3 * w_bytes);
+    report("gate_up", 1, median_ms(RUNS, [&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(n, OC, C, rows + from * C, C, 0, w + e * stride, C, 1, out + from * OC, OC, 0); }); }), flop, bytes);
+    report("gate_up", 2, median_ms(RUNS, [&] { grouped_forward(out, x, token, w, stride, C, OC, &g); }), flop, bytes);
+    report("dinp of gate_up", 1, median_ms(RUNS, [&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gemm(n, C, OC, out + from * OC, OC, 0, w + e * stride, C, 0, rows + from * C, C, 0); }); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
+    report("dinp of gate_up", 2, median_ms(RUNS, [&] { grouped_dinp(rows, out, NULL, w, stride, C, OC, &g); }), flop, w_bytes + out_bytes + 2.0 * (double)(R * C));
+    report("dweight of gate_up", 1, median_ms(RUNS, [&] { each_expert(&on_gpu, s, [&](int e, int64_t from, int64_t n) { gather(from, n); gemm(OC, C, n, out + from * OC, OC, 1, rows + from * C, C, 0, dw + e * stride, C, 1); }); }), flop, bytes + 3 * w_bytes);
+    report("dweight of gate_up", 2, median_ms(RUNS, [&] { grouped_dweight(dw, stride, out, NULL, x, token, C, OC, &g); }), flop, bytes + 3 * w_bytes);
     // What must be moved: the weights and gate_up, the tokens' rows; backward also reads and writes the gradients of the weights.
     // It takes gate_up's place: it is timed with a forward before it.
     const double small = 2.0 * 3 * (double)(N * C), moved = 1.5 * w_bytes + out_bytes + small;
@@ -517,9 +487,9 @@ static int bench(const MoeShape *s) {
         if (version == 1) gpu_moe_forward1(y, out, x, w, &on_gpu, s, &one);
         else gpu_moe_forward(y, out, x, w, &on_gpu, s, &all);
     };
-    for (int version = 1; version <= 2; version++) report("mixture, forward", version, median_ms([&] { forward(version); }), 1.5 * flop, moved);
+    for (int version = 1; version <= 2; version++) report("mixture, forward", version, median_ms(RUNS, [&] { forward(version); }), 1.5 * flop, moved);
     for (int version = 1; version <= 2; version++)
-        report("mixture, both ways", version, median_ms([&] {
+        report("mixture, both ways", version, median_ms(RUNS, [&] {
             forward(version);
             if (version == 1) gpu_moe_backward1(dx, dw, dweight, x, out, x, w, &on_gpu, s, &one);
             else gpu_moe_backward(dx, dw, dweight, x, out, x, w, &on_gpu, s, &all);

@@ -75,8 +75,8 @@ static int bench(int64_t T, int H, int KV, int D) {
     bf16 *q = (bf16 *)device_malloc(nq * 2), *k = (bf16 *)device_malloc(nk * 2), *out = (bf16 *)device_malloc(nq * 2);
     float *lse = (float *)device_malloc(T * H * 4), *weights = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4), *importance = weights + chunk * s.Tk;
     int *block_idx = (int *)device_malloc(rows * sel.n * 4);
-    random_numbers(q, nq, 1);
-    random_numbers(k, nk, 2);
+    fill_normal(q, nq, 1);
+    fill_normal(k, nk, 2);
     fast_attention_forward(out, lse, q, k, k, &mask, &s);
     // Each part over all chunks, the choice on weights of the last one: what it costs does not depend on them much.
     const auto each = [&](auto part) {
