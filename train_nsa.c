@@ -4932,6 +4932,9 @@ void compress_backward(real *dx, const CompressWeights *dw, const real *dout, co
 
 typedef struct SelectShape { int cmp_block, cmp_stride, sel_block, n, n_init, n_local; } SelectShape;
 
+// A text of at most n blocks leaves no choice: every query takes all of its own.
+static inline int takes_all_blocks(int64_t T, int64_t n, int64_t sel_block) { return T <= n * sel_block; }
+
 // Eq. 9 read geometrically: how many of the d-token pieces of compressed block i, which has `pieces` of them, lie in selection block j, which
 // has `per_block`.
 DEVICE static inline int64_t pieces_inside(int64_t i, int64_t j, int64_t pieces, int64_t per_block) {
@@ -5633,7 +5636,7 @@ static Mask branch_mask(const Config *c, const LayerActs *a, AttentionShape *s, 
     mask.kind = MASK_WINDOW;
     mask.window = layer_is_full(c, layer) ? s->T : c->window;
     if (layer_is_full(c, layer) || branch == WIN) return mask;
-    if (branch == SLC && s->T <= (int64_t)c->sel_blocks * c->sel_block) {       // so few blocks that every query takes all of its own
+    if (branch == SLC && takes_all_blocks(s->T, c->sel_blocks, c->sel_block)) {
         mask.window = s->T;
     } else if (branch == SLC) {
         mask.kind = MASK_SELECTED;

@@ -3814,7 +3814,7 @@ static void gpu_select_forward(int *block_idx, const F *q, const F *k, const flo
     float *weights = scratch, *importance = weights + chunk * s->Tk;
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        int done = s->T <= (int64_t)sel->n * sel->sel_block;        // then there is nothing to weigh: all blocks are taken
+        int done = takes_all_blocks(s->T, sel->n, sel->sel_block);       // then there is nothing to weigh
         if constexpr (std::is_same<F, bf16>::value)
             if (!done && (done = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
         if (!done) simple_select_weights(weights, q, k, lse, row, n, s, sel);
