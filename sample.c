@@ -1042,9 +1042,10 @@ static int fast_decode(const Config *c, int64_t capacity) {
 // importance (rows,KV,blocks) of the selection blocks from the compressed branch's scores (rows,H,slots): a block of threads takes so many
 // selection blocks that it has about a compressed one for each thread. grid: list, selection blocks
 static int importance_blocks(const SelectShape *sel) { return (int)max64(1, THREADS / (sel->sel_block / sel->cmp_stride)); }
+DEVICE static inline int64_t importance_lse(const DecodeShape *s) { return (s->G + 3) / 4 * 4; }    // loads of four numbers stay off the weights behind them
 static int64_t importance_bytes(const DecodeShape *s) {
     const SelectShape *sel = &s->select;
-    return (s->G + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
+    return (importance_lse(s) + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
 }
 
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
@@ -1055,13 +1056,13 @@ __device__ static inline Stretch touching(int j0, int j1, int visible, const Sel
 }
 
 __global__ void importance_kernel(float *importance, const float *scores, int64_t slots, int most_blocks, int blocks_each, Shares parts, const Input *input, DecodeShape s) {
-    extern __shared__ float shared[];       // (G), then weights of compressed blocks
+    extern __shared__ float shared[];       // log-sum-exps of the heads, then weights of compressed blocks
     wait_for_previous();
     const SelectShape *sel = &s.select;
     const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.y * blocks_each, j1 = min32(j0 + blocks_each, blocks);
     const int64_t list = blockIdx.x;
     if (blocks <= sel->n || j0 >= blocks) return;
-    float *lse = shared, *weights = lse + s.G;
+    float *lse = shared, *weights = lse + importance_lse(&s);
     const Stretch x = touching(j0, j1, visible, sel);
     group_lse(lse, &parts, &s, list, &input->of[CMP]);
     for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);

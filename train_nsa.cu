@@ -2673,8 +2673,11 @@ __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*
     for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS));
 }
 
-// A warp has done with a buffer.
-HOPPER_DEVICE static inline void let_go(uint64_t *empty) { if (lane() == 0) barrier_arrive(empty); }
+// A warp has done with a buffer: all its lanes have, when one of them says so.
+HOPPER_DEVICE static inline void let_go(uint64_t *empty) {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(empty);
+}
 
 // Where one stands in a ring of N buffers, and the parity of the round.
 template <int N>
