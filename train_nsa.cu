@@ -376,6 +376,7 @@ static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4
 static inline void ldmatrix_x4_turned(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, true); }
 static inline void cp_async_16(void *to, const void *from, int filled) { emu_cp_async(to, from, 16, filled); }
 static inline void cp_async_4(void *to, const void *from, int filled) { emu_cp_async(to, from, 4, filled); }
+static inline void cp_async_8(void *to, const void *from) { emu_cp_async(to, from, 8, 8); }
 static inline void cp_async_commit(void) { emu_cp_async_commit(); }
 template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
 static inline float power_of_2(float x) { return exp2f(x); }
@@ -389,6 +390,7 @@ template <int N> static inline void wgmma_done(float (*)[4]) {}
 static inline void barrier_init(uint64_t *barrier, int arrivals) { emu_barrier_init(barrier, arrivals); }
 static inline void barriers_ready(void) {}
 static inline void barrier_arrive(uint64_t *barrier) { emu_barrier_arrive(barrier, 0); }
+static inline void barrier_arrive_copied(uint64_t *barrier) { emu_barrier_arrive_copied(barrier); }
 static inline void barrier_expect(uint64_t *barrier, int bytes) { emu_barrier_arrive(barrier, bytes); }
 static inline void barrier_wait(uint64_t *barrier, int parity) { emu_barrier_wait(barrier, parity); }
 static inline void copy_box(bf16 *to, const CUtensorMap *map, int column, int head, int token, int batch, uint64_t *barrier) { emu_copy_box(to, map, column, head, token, batch, barrier); }
@@ -420,6 +422,9 @@ __device__ static inline void cp_async_16(void *to, const void *from, int filled
 }
 __device__ static inline void cp_async_4(void *to, const void *from, int filled) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
+}
+__device__ static inline void cp_async_8(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ static inline void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ static inline void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory"); }
@@ -485,6 +490,10 @@ HOPPER_DEVICE static inline void barrier_init(uint64_t *barrier, int arrivals) {
 }
 HOPPER_DEVICE static inline void barriers_ready(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ static inline void barrier_arrive(uint64_t *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory"); }
+// Arrives when all that this thread has asked for with cp_async is there.
+HOPPER_DEVICE static inline void barrier_arrive_copied(uint64_t *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
 HOPPER_DEVICE static inline void barrier_expect(uint64_t *barrier, int bytes) {       // and arrive
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
@@ -2905,15 +2914,18 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 // ----------------------------------------------------------------------------
 // Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
 // gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
-// multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
+// multiprocessor can fetch still is the limit, not what it can multiply. Therefore the warpgroups of a block have neighbouring queries, too, and one ring: what any
+// of them chose comes once, and goes past those that did not.
 
 template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
-// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
-// L2 cache.
+// The `round`-th group of queries of this block, tokens from t0 on of (b, kv), SLAB_ROWS / G a warpgroup; one (b, kv) after the other, whose keys then stay in
+// the L2 cache.
 template <int SLABS>
-__device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
-    const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
-    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
+DEVICE static inline int group_tokens(const AttentionShape *s) { return SLABS * (SLAB_ROWS / (s->H / s->KV)); }
+template <int SLABS>
+__device__ static inline int query_group(RowTile *x, int round, const AttentionShape *s) {
+    const int tokens = group_tokens<SLABS>(s), groups = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = (int64_t)round * gridDim.x + blockIdx.x;
     if (item >= s->B * s->KV * groups) return 0;
     x->b = (int)(item / groups) / s->KV;
     x->kv = (int)(item / groups) % s->KV;
@@ -2921,105 +2933,122 @@ __device__ static inline int query_group(RowTile *x, int round, int slab, const 
     return 1;
 }
 
-// The lists of the queries, merged: each lane has one, and where it stands in it. Returns the next block and, a bit a lane, who chose it; -1 at the end.
+// The lists of the queries, merged: each lane has some of them, and what comes next in these. Returns the next block and, a bit a query, who chose it; -1 at the end.
+template <int LISTS>
 struct BlockMerge {
-    const int *idx;
-    int n, i, head, after;
-    __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
-    __device__ void begin(const RowTile *x, const Mask *mask, const AttentionShape *s) {
-        const int t = x->t0 + lane(), there = lane() < SLAB_ROWS / (s->H / s->KV) && t < (int)s->T;
-        idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
-        n = there ? mask->n : 0;
-        i = 1;
-        head = at(0);
-        after = at(1);
+    const int *at[LISTS];
+    int left[LISTS], head[LISTS], after[LISTS];
+    __device__ int take(int list) {
+        if (left[list] == 0) return INT_MAX;
+        left[list]--;
+        const int block = *at[list]++;
+        return block < 0 ? INT_MAX : block;
     }
-    __device__ int next(unsigned *choosers) {
-        const int block = __reduce_min_sync(~0u, head);
-        *choosers = __ballot_sync(~0u, head == block);
-        if (head == block) {
-            head = after;
-            after = head == INT_MAX ? INT_MAX : at(++i);
+    __device__ void begin(const RowTile *x, int queries, const Mask *mask, const AttentionShape *s) {
+        #pragma unroll
+        for (int list = 0; list < LISTS; list++) {
+            const int query = list * WARP + lane(), t = x->t0 + query, there = query < queries && t < (int)s->T;
+            at[list] = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
+            left[list] = there ? mask->n : 0;
+            head[list] = take(list);
+            after[list] = take(list);
+        }
+    }
+    __device__ int next(uint64_t *choosers) {
+        int first = head[0];
+        #pragma unroll
+        for (int list = 1; list < LISTS; list++) first = min32(first, head[list]);
+        const int block = __reduce_min_sync(~0u, first);
+        *choosers = 0;
+        #pragma unroll
+        for (int list = 0; list < LISTS; list++) {
+            *choosers |= (uint64_t)__ballot_sync(~0u, head[list] == block) << list * WARP;
+            if (head[list] != block) continue;
+            head[list] = after[list];
+            after[list] = head[list] == INT_MAX ? INT_MAX : take(list);
         }
         return block == INT_MAX ? -1 : block;
     }
 };
-struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
+struct alignas(16) Choosers { uint64_t queries; int block; };       // of a stage of the ring; a block of -1, without a tile, ends a group of queries
+struct Chosen { int block; unsigned choosers; };                    // the same for the queries of one warpgroup
 
-// A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
-template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
-struct SelectedSlab {
-    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
-    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
-    bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
-    uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
-    Chosen *chosen;
+// What is in shared memory: each warpgroup's queries (and with DOUT the gradients of their results); a ring of keys, values and who chose these.
+template <int D, int DV, int DOUT>
+struct SelectedBlock {
+    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, LISTS = SLABS == 2 ? 1 : 2 };       // tokens have 4 rows or more
+    enum { ROWS_BYTES = SLABS * SLAB_ROWS * (D + DOUT * DV) * 2, STAGE_BYTES = KEYS * (D + DV) * 2, ROOM = 226 * 1024, FIT = (ROOM - ROWS_BYTES) / STAGE_BYTES };
+    enum { STAGES = FIT < 8 ? FIT : 8, BARRIERS = 2 * (SLABS + STAGES), BYTES = ROWS_BYTES + STAGES * (STAGE_BYTES + (int)sizeof(Choosers)) + BARRIERS * 8 };
+    bf16 *q_tiles, *dout_tiles, *key_tiles, *value_tiles;
+    Choosers *chosen;
+    uint64_t *q_full, *q_empty, *full, *empty;
 
-    __device__ void begin(SharedKilobyte *shared, int slab) {
-        unsigned char *memory = (unsigned char *)shared;
-        q_tile = (bf16 *)(memory + slab * TILES);
-        dout_tile = q_tile + SLAB_ROWS * D;
-        key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
-        value_tiles = key_tiles + K_STAGES * KEYS * D;
-        q_full = (uint64_t *)(memory + SLABS * TILES) + slab * BARRIERS;
-        q_empty = q_full + 1;
-        k_full = q_empty + 1, k_empty = k_full + K_STAGES;
-        v_full = k_empty + K_STAGES, v_empty = v_full + V_STAGES;
-        chosen = (Chosen *)(memory + SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
+    __device__ void begin(SharedKilobyte *shared) {
+        q_tiles = (bf16 *)shared;
+        dout_tiles = q_tiles + SLABS * SLAB_ROWS * D;
+        key_tiles = dout_tiles + DOUT * SLABS * SLAB_ROWS * DV;
+        value_tiles = key_tiles + STAGES * KEYS * D;
+        chosen = (Choosers *)(value_tiles + STAGES * KEYS * DV);
+        q_full = (uint64_t *)(chosen + STAGES), q_empty = q_full + SLABS;
+        full = q_empty + SLABS, empty = full + STAGES;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < SLABS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, 4);       // every warp lets go
+            for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, SLABS * 4);
+            barriers_ready();
+        }
+        __syncthreads();
     }
-    __device__ void make_barriers() const {     // every warp lets go
-        barrier_init(q_full, 1), barrier_init(q_empty, 4);
-        for (int i = 0; i < K_STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4);
-        for (int i = 0; i < V_STAGES; i++) barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
-        barriers_ready();
-    }
-    // All that the warp that copies does.
-    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
-                          const AttentionShape *s) const {
-        const int G = s->H / s->KV, tokens = SLAB_ROWS / G;
+    __device__ bf16 *q_tile(int slab) const { return q_tiles + slab * SLAB_ROWS * D; }
+    __device__ bf16 *dout_tile(int slab) const { return dout_tiles + slab * SLAB_ROWS * DV; }
+    __device__ bf16 *key_tile(int at) const { return key_tiles + at * KEYS * D; }
+    __device__ bf16 *value_tile(int at) const { return value_tiles + at * KEYS * DV; }
+
+    // All that the warpgroup that copies does: one warp merges lists and brings keys and values, each of the others the queries of a warpgroup.
+    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, const Mask *mask, const AttentionShape *s) const {
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G, slab = (int)(threadIdx.x / WARP) - 1;
         RowTile x;
-        Ring<1> q_ring;
-        Ring<K_STAGES> k_ring;
-        Ring<V_STAGES> v_ring;
-        for (int round = 0; query_group<SLABS>(&x, round, slab, s); round++) {
-            barrier_wait(q_empty, q_ring.parity ^ 1);
-            if (lane() == 0) {
-                barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
-                copy_tile<D>(q_tile, SLAB_ROWS, q_map, x.b, x.t0, x.kv * G, q_full);
-                if (DOUT) copy_tile<DV>(dout_tile, SLAB_ROWS, dout_map, x.b, x.t0, x.kv * G, q_full);
+        if (slab >= 0) {
+            Ring<1> ring;
+            for (int round = 0; slab < SLABS && lane() == 0 && query_group<SLABS>(&x, round, s); round++, ring.next()) {
+                barrier_wait(q_empty + slab, ring.parity ^ 1);
+                barrier_expect(q_full + slab, tokens * G * (D + DOUT * DV) * 2);
+                copy_tile<D>(q_tile(slab), SLAB_ROWS, q_map, x.b, x.t0 + slab * tokens, x.kv * G, q_full + slab);
+                if (DOUT) copy_tile<DV>(dout_tile(slab), SLAB_ROWS, dout_map, x.b, x.t0 + slab * tokens, x.kv * G, q_full + slab);
             }
-            q_ring.next();
-            BlockMerge merge;
-            merge.begin(&x, mask, s);
-            for (int more = 1; more;) {
-                Chosen next;
-                next.block = merge.next(&next.choosers);
+            return;
+        }
+        Ring<STAGES> ring;
+        for (int round = 0; query_group<SLABS>(&x, round, s); round++) {
+            BlockMerge<LISTS> merge;
+            merge.begin(&x, SLABS * tokens, mask, s);
+            for (int more = 1; more; ring.next()) {
+                Choosers next;
+                next.block = merge.next(&next.queries);
                 more = next.block >= 0;
-                barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
-                if (lane() == 0) {
-                    chosen[k_ring.at] = next;
-                    if (more) {
-                        barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                        copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
-                    } else {
-                        barrier_arrive(k_full + k_ring.at);
-                    }
+                barrier_wait(empty + ring.at, ring.parity ^ 1);
+                if (lane() > 0) continue;
+                chosen[ring.at] = next;
+                if (more) {
+                    barrier_expect(full + ring.at, STAGE_BYTES);
+                    copy_tile<D>(key_tile(ring.at), KEYS, k_map, x.b, next.block * KEYS, x.kv, full + ring.at);
+                    copy_tile<DV>(value_tile(ring.at), KEYS, v_map, x.b, next.block * KEYS, x.kv, full + ring.at);
+                } else {
+                    barrier_arrive(full + ring.at);
                 }
-                k_ring.next();
-                if (!more) continue;
-                barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
-                if (lane() == 0) {
-                    barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
-                }
-                v_ring.next();
             }
         }
     }
-    // What was chosen with the tile of keys `at`. The broadcast shows the compiler that it is the same for the whole warp.
-    __device__ Chosen chosen_at(int at) const {
-        const Chosen now = {__shfl_sync(~0u, chosen[at].block, 0), __shfl_sync(~0u, chosen[at].choosers, 0)};
-        return now;
+    // Goes past the tiles that no query of this warpgroup chose; then the ring is at one of its tiles, or, with a block of -1, at the end of the group.
+    // The broadcast shows the compiler that all is the same for the whole warp.
+    __device__ Chosen next(Ring<STAGES> *ring, int slab, int tokens) const {
+        for (;; ring->next()) {
+            barrier_wait(full + ring->at, ring->parity);
+            const Choosers *of = chosen + ring->at;
+            const unsigned mine = (unsigned)(of->queries >> slab * tokens) & (unsigned)((1ull << tokens) - 1);
+            const Chosen now = {__shfl_sync(~0u, of->block, 0), __shfl_sync(~0u, mine, 0)};
+            if (now.block < 0 || now.choosers) return now;
+            let_go(empty + ring->at);
+        }
     }
 };
 // The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
@@ -3031,23 +3060,22 @@ HOPPER_DEVICE static inline GroupRows group_rows(int G) {
 }
 HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
 
-template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
+template <int D, int DV> using SelectedForward = SelectedBlock<D, DV, 0>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
 hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                                const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
+    typedef SelectedForward<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
-    SelectedForward<D, DV> my;
-    my.begin(hopper_shared, slab);
-    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
-    __syncthreads();
-    if (group == 0) {
+    const int slab = (int)threadIdx.x / WARPGROUP - 1;
+    Plan my;
+    my.begin(hopper_shared);
+    if (slab < 0) {
         registers_fewer<MERGE_REGISTERS>();
-        if (slab < SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
+        my.bring(&q_map, NULL, &k_map, &v_map, &mask, &s);
         return;
     }
 
@@ -3057,27 +3085,26 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
-    Ring<STAGES> k_ring, v_ring;
-    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+    Ring<Plan::STAGES> ring;
+    for (int round = 0; query_group<SLABS>(&x, round, &s); round++) {
+        x.t0 += slab * tokens;
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
         Chosen now;
 
         const auto next_block = [&] {
-            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            now = my.chosen_at(k_ring.at);
+            now = my.next(&ring, slab, tokens);
             return now.block >= 0;
         };
         const auto issue_scores = [&] {
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + k_ring.at * KEYS * D, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile(slab), SLAB_ROWS, my.key_tile(ring.at), KEYS);
             wgmma_commit();
         };
-        const auto issue_values = [&] {
-            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
+        const auto issue_values = [&](int at) {
             wgmma_begin();
-            factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
+            factor_times_rows<DV, KEYS>(o, weights, my.value_tile(at));
             wgmma_commit();
         };
         const auto exponentials = [&] {
@@ -3115,53 +3142,51 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
         };
 
-        barrier_wait(my.q_full, q_ring.parity);
+        barrier_wait(my.q_full + slab, q_ring.parity);
         q_ring.next();
-        next_block();       // every query has one
-        issue_scores();
-        wgmma_wait<0>();
-        wgmma_done<KEYS>(p);
-        let_go(my.k_empty + k_ring.at);
-        k_ring.next();
-        exponentials();
-        as_weights();
-        while (next_block()) {
+        if (next_block()) {     // every query has one, but behind the end of a text
             issue_scores();
-            issue_values();
-            wgmma_wait<1>();
+            wgmma_wait<0>();
             wgmma_done<KEYS>(p);
-            let_go(my.k_empty + k_ring.at);
-            k_ring.next();
+            int before = ring.at;       // the tile whose values are to be added
+            ring.next();
             exponentials();
+            as_weights();
+            while (next_block()) {
+                issue_scores();
+                issue_values(before);
+                wgmma_wait<1>();
+                wgmma_done<KEYS>(p);
+                exponentials();
+                wgmma_wait<0>();
+                wgmma_done<DV>(o);
+                let_go(my.empty + before);
+                before = ring.at;
+                ring.next();
+                #pragma unroll
+                for (int n = 0; n < DV / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+                as_weights();
+            }
+            issue_values(before);
             wgmma_wait<0>();
             wgmma_done<DV>(o);
-            let_go(my.v_empty + v_ring.at);
-            v_ring.next();
-            #pragma unroll
-            for (int n = 0; n < DV / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
-            as_weights();
+            let_go(my.empty + before);
         }
-        let_go(my.k_empty + k_ring.at);
-        k_ring.next();
-        issue_values();
-        wgmma_wait<0>();
-        wgmma_done<DV>(o);
-        let_go(my.v_empty + v_ring.at);
-        v_ring.next();
-        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        let_go(my.empty + ring.at);
+        ring.next();
+        store_rows<DV>(out, lse, o, top, sum, my.q_tile(slab), SLAB_ROWS, 0, 1 + slab, &rows, &s);
         shared_written();
-        __syncwarp();
-        let_go(my.q_empty);
+        let_go(my.q_empty + slab);
     }
     #endif
 }
 
 template <int SLABS>
 static unsigned query_group_blocks(const AttentionShape *s) {
-    const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
-    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
+    const int64_t tokens = group_tokens<SLABS>(s);
+    return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
 }
 
 template <int D, int DV>
@@ -3304,23 +3329,22 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
 }
 
 // The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
-template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
+template <int D, int DV> using SelectedDq = SelectedBlock<D, DV, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
 hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                           const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
+    typedef SelectedDq<D, DV> Plan;
+    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
-    SelectedDq<D, DV> my;
-    my.begin(hopper_shared, slab);
-    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
-    __syncthreads();
-    if (group == 0) {
+    const int slab = (int)threadIdx.x / WARPGROUP - 1;
+    Plan my;
+    my.begin(hopper_shared);
+    if (slab < 0) {
         registers_fewer<MERGE_REGISTERS>();
-        if (slab < SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
+        my.bring(&q_map, &dout_map, &k_map, &v_map, &mask, &s);
         return;
     }
 
@@ -3330,37 +3354,32 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
-    Ring<3> k_ring;
-    Ring<2> v_ring;
-    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
+    Ring<Plan::STAGES> ring;
+    for (int round = 0; query_group<SLABS>(&x, round, &s); round++) {
+        x.t0 += slab * tokens;
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         unsigned slopes[KEYS / 16][4];
         RowStats of_row[2];
         #pragma unroll
         for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
-        barrier_wait(my.q_full, q_ring.parity);
+        barrier_wait(my.q_full + slab, q_ring.parity);
         q_ring.next();
-        int last = -1;      // the tile of keys before this one
-        for (;;) {
-            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            const Chosen now = my.chosen_at(k_ring.at);
-            if (now.block < 0) break;
-            const bf16 *key_tile = my.key_tiles + k_ring.at * KEYS * D;
-            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
+        int last = -1;      // the tile before this one
+        Chosen now = my.next(&ring, slab, tokens);
+        while (now.block >= 0) {
+            const bf16 *key_tile = my.key_tile(ring.at);
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile(slab), SLAB_ROWS, key_tile, KEYS);
             wgmma_commit();
-            slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
+            slab_times_turned<DV, KEYS>(dp, my.dout_tile(slab), SLAB_ROWS, my.value_tile(ring.at), KEYS);
             wgmma_commit();
             wgmma_wait<0>();        // and before them the last tile's sum
             wgmma_done<KEYS>(p);
             wgmma_done<KEYS>(dp);
-            if (last >= 0) let_go(my.k_empty + last);
-            let_go(my.v_empty + v_ring.at);
-            last = k_ring.at;
-            k_ring.next();
-            v_ring.next();
+            if (last >= 0) let_go(my.empty + last);
+            last = ring.at;
+            ring.next();
             #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
             if (now.choosers & of.queries) {
@@ -3377,16 +3396,17 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
                     as_left_factor(slopes[n / 2], ds);
                 }
             }
+            now = my.next(&ring, slab, tokens);     // while no product is under way, which the compiler would make wait
             wgmma_begin();
             factor_times_rows<D, KEYS>(sum, slopes, key_tile);
             wgmma_commit();
         }
-        let_go(my.k_empty + k_ring.at);
-        k_ring.next();
+        let_go(my.empty + ring.at);
+        ring.next();
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        let_go(my.k_empty + last);
-        let_go(my.q_empty);
+        if (last >= 0) let_go(my.empty + last);
+        let_go(my.q_empty + slab);
         store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
@@ -3423,7 +3443,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     const int group = threadIdx.x / WARPGROUP;
     if (threadIdx.x == 0) {
         barrier_init(keys_full, 1);
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i, WARP + 1), barrier_init(empty + i, Plan::USERS * 4);      // the copying warp writes the stats
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 2 * WARP + 1), barrier_init(empty + i, Plan::USERS * 4);      // the copying warp brings the stats too
         barriers_ready();
     }
     // Rows that no box reaches are zero for good: they add nothing to any sum.
@@ -3437,35 +3457,34 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
 
     if (group == 0) {
         registers_fewer<copy_registers<SLABS>>();
-        if (threadIdx.x >= WARP) return;
-        if (steps > 0 && lane() == 0) {
+        if (threadIdx.x >= WARP || steps == 0) return;
+        if (lane() == 0) {
             barrier_expect(keys_full, KEYS * (D + DV) * 2);
             copy_tile<D>(key_tile, KEYS, &k_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
             copy_tile<DV>(value_tile, KEYS, &v_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
         }
-        // The tokens of a stage's rows are fetched two stages ahead and their numbers one: they are there when the buffer is. Behind the end of
-        // the queue the last token comes again, with numbers that make nothing of it.
+        // Where queries are listed, lanes hold 2·WARP places of the queue from `base` on: none waits for the list. Behind the end of the queue the
+        // last token comes again, with numbers that make nothing of it.
         constexpr int EACH = ROWS / WARP;
-        int token[EACH], next_token[EACH];
-        RowStats next[EACH];
         const auto token_at = [&](int place) { return LISTED ? takers.queries[from + min32(place, queue - 1)] : (int)from + place; };
-        const auto fetch_tokens = [&](int stage) {
-            #pragma unroll
-            for (int i = 0; i < EACH; i++) next_token[i] = steps > 0 ? token_at(stage * tokens + (i * WARP + lane()) / G) : 0;
-        };
-        const auto fetch_stats = [&](int stage) {
-            #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int row = i * WARP + lane();
-                token[i] = next_token[i];
-                next[i] = row < tokens * G && stage * tokens + row / G < queue ? stats[(x.b * s.T + token[i]) * s.H + x.kv * G + row % G] : make_float2(INFINITY, 0);
-            }
-        };
-        fetch_tokens(0);
-        fetch_stats(0);
-        fetch_tokens(1);
+        int base = 0, held = LISTED ? token_at(lane()) : 0, held_next = LISTED ? token_at(WARP + lane()) : 0;
         for (int stage = 0; stage < steps; stage++, ring.next()) {
             bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
+            StageStats *to = stage_stats + ring.at;
+            const int place0 = stage * tokens;
+            if (LISTED && place0 >= base + WARP) {
+                base += WARP;
+                held = held_next;
+                held_next = token_at(base + WARP + lane());
+            }
+            int token[EACH];
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int place = place0 + (i * WARP + lane()) / G;
+                token[i] = LISTED ? __shfl_sync(~0u, held, (place - base) % WARP) : token_at(place);
+                const int further = LISTED ? __shfl_sync(~0u, held_next, (place - base) % WARP) : 0;
+                if (LISTED && place >= base + WARP) token[i] = further;
+            }
             barrier_wait(empty + ring.at, ring.parity ^ 1);
             if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
             __syncwarp();
@@ -3483,12 +3502,13 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             }
             #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                stage_stats[ring.at].of_row[i * WARP + lane()] = next[i];
-                stage_stats[ring.at].token[i * WARP + lane()] = token[i];
+                const int row = i * WARP + lane();
+                to->token[row] = token[i];
+                if (row < tokens * G && place0 + row / G < queue) cp_async_8(to->of_row + row, stats + (x.b * s.T + token[i]) * s.H + x.kv * G + row % G);
+                else to->of_row[row] = make_float2(INFINITY, 0);
             }
             barrier_arrive(full + ring.at);
-            fetch_stats(stage + 1);
-            fetch_tokens(stage + 2);
+            barrier_arrive_copied(full + ring.at);
         }
         return;
     }

@@ -485,6 +485,12 @@ static inline void emu_barrier_arrive(uint64_t *barrier, int bytes) {
     emu_barrier_end_phase(b);
 }
 
+static inline void emu_barrier_arrive_copied(uint64_t *barrier) {     // the copies are made now
+    emu_cp_async_commit();
+    emu_cp_async_wait(0);
+    emu_barrier_arrive(barrier, 0);
+}
+
 // The tensor map of cuda.h, four dimensions, rows of 128 swizzled bytes.
 struct alignas(64) CUtensorMap { const char *base; uint64_t size[4], stride[4]; unsigned box[4]; };
 static inline char *emu_swizzled(char *base, size_t place) {       // chunk of 16 bytes ^ row of 128
