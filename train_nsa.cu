@@ -3051,11 +3051,11 @@ struct SelectedBlock {
         }
     }
 };
-// The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
-struct GroupRows { int query[2]; unsigned queries; };
+// Whose the two rows of a lane are among the queries of its group.
+struct GroupRows { int query[2]; };
 HOPPER_DEVICE static inline GroupRows group_rows(int G) {
-    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
-    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS + lane() / 4;
+    const GroupRows rows = {{first / G, (first + 8) / G}};
     return rows;
 }
 HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
@@ -3380,21 +3380,17 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
             if (last >= 0) let_go(my.empty + last);
             last = ring.at;
             ring.next();
+            const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+            const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
             #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
-            if (now.choosers & of.queries) {
-                const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
-                const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+            for (int n = 0; n < KEYS / 8; n += 2) {
+                float ds[2][4];
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n += 2) {
-                    float ds[2][4];
-                    #pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
-                        ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
-                    }
-                    as_left_factor(slopes[n / 2], ds);
+                for (int e = 0; e < 8; e++) {
+                    const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
+                    ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
                 }
+                as_left_factor(slopes[n / 2], ds);
             }
             now = my.next(&ring, slab, tokens);     // while no product is under way, which the compiler would make wait
             wgmma_begin();
