@@ -3038,15 +3038,16 @@ struct SelectedBlock {
             }
         }
     }
-    // Goes past the tiles that no query of this warpgroup chose; then the ring is at one of its tiles, or, with a block of -1, at the end of the group.
+    // Goes past the tiles that no query of this warpgroup chose; then the ring is at one of its tiles, or, with a block of -1, at the end of the group. A
+    // warpgroup still holds the tile before: so that the ring can move on, it takes one that nobody of it chose, for nothing, before all stages have gone by.
     // The broadcast shows the compiler that all is the same for the whole warp.
     __device__ Chosen next(Ring<STAGES> *ring, int slab, int tokens) const {
-        for (;; ring->next()) {
+        for (int passed = 0;; passed++, ring->next()) {
             barrier_wait(full + ring->at, ring->parity);
             const Choosers *of = chosen + ring->at;
             const unsigned mine = (unsigned)(of->queries >> slab * tokens) & (unsigned)((1ull << tokens) - 1);
             const Chosen now = {__shfl_sync(~0u, of->block, 0), __shfl_sync(~0u, mine, 0)};
-            if (now.block < 0 || now.choosers) return now;
+            if (now.block < 0 || now.choosers || passed == STAGES - 2) return now;
             let_go(empty + ring->at);
         }
     }

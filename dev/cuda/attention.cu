@@ -304,6 +304,7 @@ static int check_cases(int first, int last) {
         {S, 1, 100, 100, 35, 1, 64, 64, 0, 0, 0, 48, 2},
         {S, 1, 70, 70, 3, 1, 128, 128, 0, 0, 0, 16, 3},
         {S, 1, 90, 90, 16, 1, 128, 128, 0, 0, 0, 64, 1},
+        {S, 1, 1200, 1200, 32, 1, 128, 128, 0, 0, 0, 64, 4},    // neighbours that choose much that one does not: more than a ring holds
         {S, 1, 50, 50, 4, 1, 192, 128, 0, 0, 0, 24, 2},
     };
     for (int i = first; i <= last && i < (int)(sizeof cases / sizeof *cases); i++) check_case(&cases[i]);
