@@ -2746,7 +2746,7 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 // Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
-enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge
+enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge, or more than one kind of boxes to copy
 template <int SLABS> constexpr int merged_registers = SLABS == 2 ? 232 : 152;
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
@@ -3825,7 +3825,7 @@ static int padded_heads(const AttentionShape *s) {
 template <int D, int HEADS>
 struct HopperImportance {
     enum { SLABS = CHOICE_SLABS, COLUMNS = CHOICE_COLUMNS, SETS = COLUMNS / (4 * HEADS), TOKENS = 4 * SETS, KEYS = STRETCH_BLOCKS, STAGES = D == 64 ? 8 : 5, TILES = 2 };
-    enum { THREADS = (SLABS + 1) * WARPGROUP, BLOCK_TOKENS = SLABS * TOKENS, EDGES = 2 * 4 * TOKENS, BARRIERS = 2 * TILES + 2 * STAGES };
+    enum { THREADS = (SLABS + 1) * WARPGROUP, BLOCK_TOKENS = SLABS * TOKENS, EDGES = 3 * 4 * TOKENS, BARRIERS = 2 * TILES + 2 * STAGES };
     enum { BYTES = (TILES * SLABS * COLUMNS + STAGES * KEYS) * D * 2 + BARRIERS * 8 + SLABS * EDGES * 4 };
 };
 // Of 8 powers of 2, those that are made of products and sums.
@@ -3877,7 +3877,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
     Ring<STAGES> k_ring;
 
     if (group == 0) {
-        registers_fewer<copy_registers<SLABS>>();
+        registers_fewer<MERGE_REGISTERS>();
         if (threadIdx.x > 0) return;
         const int with_one_more = (int)(s.Tk % per_block);      // keys c of a block before this one are in the last block, too
         for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
@@ -3901,30 +3901,32 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
         return;
     }
 
-    registers_more<compute_registers<SLABS>>();
+    registers_more<merged_registers<SLABS>>();
     const int slab = group - 1, warp = (int)(threadIdx.x / WARP) % 4, quad = lane() % 4, block_of_lane = warp * MMA_ROWS + lane() / 4;
     const float scale2 = LOG2E / sqrtf((float)D);
-    float *edge = edges + slab * Plan::EDGES, *old_edge = edge + 4 * TOKENS;       // (warp, token): what the block behind a warp's last one gets, in this stretch and in the last one
+    float *const edge = edges + slab * Plan::EDGES;      // (stretches of three, warp, token): what the block behind a warp's last one gets
+    Ring<3> edge_ring;      // of three, as some warps may still read of the stretch before the last one
     Ring<STAGES> done_ring;
 
     for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
         if (!x.blocks) continue;
         const int count = (x.blocks + KEYS - 1) / KEYS * per_block;         // tiles of keys
         const bf16 *q_tile = q_tiles + (q_ring.at * SLABS + slab) * COLUMNS * D;
-        const int first_t = x.t0 + slab * TOKENS + quad;        // of set 0
+        // The lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
+        const int t = x.t0 + slab * TOKENS + quad;
+        const int64_t row = (x.b * s.T + t) * s.KV + x.kv - row0, before = max64(0, -row + s.KV - 1) / s.KV;
+        const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
+        float *to_row = importance + row * row_size + block_of_lane;
         float lse2[SETS][HEADS], own[SETS][2] = {{0}}, next[SETS][2] = {{0}}, p[COLUMNS / 8][4], p_after[COLUMNS / 8][4];
-        int seen[SETS], c = 0, block0 = 0;
+        int c = 0, block0 = 0;
         #pragma unroll
-        for (int set = 0; set < SETS; set++) {
-            const int t = first_t + set * 4, there = t < (int)s.T;
-            seen[set] = there ? (int)compressed_seen(t, sel.cmp_block, sel.cmp_stride) : 0;
+        for (int set = 0; set < SETS; set++)
             #pragma unroll
             for (int h = 0; h < HEADS; h += 2) {
-                const float2 two = there && h < G ? *(const float2 *)(lse + (x.b * s.T + t) * s.H + x.kv * G + h) : make_float2(INFINITY, INFINITY);
+                const float2 two = t + set * 4 < (int)s.T && h < G ? *(const float2 *)(lse + (x.b * s.T + t + set * 4) * s.H + x.kv * G + h) : make_float2(INFINITY, INFINITY);
                 lse2[set][h] = two.x * LOG2E;
                 lse2[set][h + 1] = two.y * LOG2E;
             }
-        }
 
         const auto issue_scores = [&](float (*to)[4]) {
             barrier_wait(k_full + k_ring.at, k_ring.parity);
@@ -3940,31 +3942,26 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
         };
         // The end of a stretch: what the keys of a block give to the next one goes there, and the blocks' importances to memory.
         const auto store_stretch = [&] {
-            float from_before[SETS], turned[SETS][2];
             #pragma unroll
-            for (int set = 0; set < SETS; set++) {
-                #pragma unroll
-                for (int i = 0; i < 2; i++) turned[set][i] = __shfl_sync(~0u, next[set][i], (lane() + WARP - 4) % WARP);
-                from_before[set] = warp == 0 && block0 > 0 ? old_edge[3 * TOKENS + set * 4 + quad] : 0;
-                if (lane() >= WARP - 4) edge[warp * TOKENS + set * 4 + quad] = next[set][1];
-            }
+            for (int set = 0; set < SETS; set++)
+                if (lane() >= WARP - 4) edge[(edge_ring.at * 4 + warp) * TOKENS + set * 4 + quad] = next[set][1];
             threads_sync(1 + slab, WARPGROUP);
+            const float *before = edge + (warp ? edge_ring.at * 4 + warp - 1 : (edge_ring.at + 2) % 3 * 4 + 3) * TOKENS + quad;
+            float *to_blocks = to_row + block0;
             #pragma unroll
-            for (int set = 0; set < SETS; set++) {
-                if (warp > 0) from_before[set] = edge[(warp - 1) * TOKENS + set * 4 + quad];
-                const int64_t t = first_t + set * 4, row = (x.b * s.T + t) * s.KV + x.kv - row0;
-                const int written = t < s.T && row >= 0 && row < rows && choice_end(t, &sel);
-                float *to = importance + row * row_size + block0 + block_of_lane;
-                if (written) to[0] = own[set][0] + (lane() < 4 ? from_before[set] : turned[set][0]);
-                if (written) to[8] = own[set][1] + (lane() < 4 ? turned[set][0] : turned[set][1]);
+            for (int set = 0; set < SETS; set++, to_blocks += 4 * s.KV * row_size) {
+                const float low = __shfl_sync(~0u, next[set][0], (lane() + WARP - 4) % WARP), high = __shfl_sync(~0u, next[set][1], (lane() + WARP - 4) % WARP);
+                if (t + set * 4 >= from && t + set * 4 < to) {
+                    to_blocks[0] = own[set][0] + (lane() >= 4 ? low : block0 + warp ? before[set * 4] : 0);
+                    to_blocks[8] = own[set][1] + (lane() >= 4 ? high : low);
+                }
                 own[set][0] = own[set][1] = next[set][0] = next[set][1] = 0;
             }
-            float *const other = edge;
-            edge = old_edge;
-            old_edge = other;
+            edge_ring.next();
         };
         const auto weigh = [&](const float (*of)[4]) {
             const float here = (float)(int)pieces_inside(c, 0, pieces, per_block), beyond = (float)(int)pieces_inside(c, 1, pieces, per_block);
+            const int key = (block0 + block_of_lane) * per_block + c;
             if (block0 + warp * MMA_ROWS < x.blocks) {
                 #pragma unroll
                 for (int set = 0; set < SETS; set++) {
@@ -3978,7 +3975,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
                         }
                     #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        if ((block0 + block_of_lane + i * 8) * per_block + c >= seen[set]) sum[i] = 0;
+                        if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > t + set * 4) sum[i] = 0;
                         own[set][i] += here * sum[i];
                         next[set][i] += beyond * sum[i];
                     }
