@@ -1561,8 +1561,9 @@ static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *se
 // Places that are left to the most important blocks.
 DEVICE static inline int free_places(const SelectShape *sel) { return sel->n - sel->n_init - sel->n_local; }
 // The blocks before this one are those that query t may choose of, or takes in any case because they are the first; 0: it has no choice, and takes all.
-DEVICE static inline int64_t choice_end(int64_t t, const SelectShape *sel) {
-    const int64_t blocks = t / sel->sel_block + 1;
+template <typename I>
+DEVICE static inline I choice_end(I t, const SelectShape *sel) {
+    const I blocks = t / sel->sel_block + 1;
     return blocks > sel->n ? blocks - sel->n_local : 0;
 }
 
@@ -2746,7 +2747,7 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
 // Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
-enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge, or more than one kind of boxes to copy
+enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge
 template <int SLABS> constexpr int merged_registers = SLABS == 2 ? 232 : 152;
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
@@ -3778,13 +3779,21 @@ fast_select_kernel(float *weights, const bf16 *q, const bf16 *k, const float *ls
     }
 }
 
+// The tiles of `tokens` tokens, in each text anew, that hold the rows row0 .. row0+rows-1.
+typedef struct TokenTiles { int64_t first, count; } TokenTiles;
+static TokenTiles tiles_of_rows(int64_t tokens, int64_t row0, int64_t rows, const AttentionShape *s) {
+    const int64_t per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
+    const int64_t first = from / s->T * per_text + from % s->T / tokens;
+    const TokenTiles tiles = {first, to / s->T * per_text + to % s->T / tokens - first + 1};
+    return tiles;
+}
+
 template <int D, int NB>
 static void select_of_shape(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t tokens = select_tokens<NB>(), per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
-    const int64_t first = from / s->T * per_text + from % s->T / tokens, last = to / s->T * per_text + to % s->T / tokens;
+    const TokenTiles tiles = tiles_of_rows(select_tokens<NB>(), row0, rows, s);
     const int64_t bytes = 2 * RANGE_KEYS * D * (int64_t)sizeof(bf16);
     allow_shared(fast_select_kernel<D, NB>, bytes, FAST_NAME, FAST_FIX);
-    fast_select_kernel<D, NB><<<grid((last - first + 1) * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, first, *s, *sel);
+    fast_select_kernel<D, NB><<<grid(tiles.count * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, tiles.first, *s, *sel);
     LAUNCHED();
 }
 
@@ -3817,7 +3826,7 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 // Every warpgroup has its own queries and meets the tiles of keys that all share. The products with the next tile are on their way while this one's powers
 // of 2 are made, which alone take as long at D = 128 and twice as long at D = 64: a part of them is made of products and sums instead (FlashAttention-4).
 
-enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128 };
+enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128, CHOICE_COPY_REGISTERS = 32 };
 static int padded_heads(const AttentionShape *s) {
     const int G = s->H / s->KV;
     return G <= 4 ? 4 : G <= 8 ? 8 : G <= 16 ? 16 : 32;
@@ -3829,7 +3838,7 @@ struct HopperImportance {
     enum { BYTES = (TILES * SLABS * COLUMNS + STAGES * KEYS) * D * 2 + BARRIERS * 8 + SLABS * EDGES * 4 };
 };
 // Of 8 powers of 2, those that are made of products and sums.
-template <int D> constexpr int importance_polynomials = D == 64 ? 2 : 0;
+template <int D> constexpr int importance_polynomials = D == 64 ? 1 : 0;
 
 // 2^x, x at most 0 and taken for -126 below: x is a whole number, which goes to the exponent, and a rest of at most 1/2, whose power is a polynomial (relative
 // error 8e-8).
@@ -3844,20 +3853,20 @@ HOPPER_DEVICE static inline float power_of_2_of_products(float x) {
 // The `round`-th tile of queries of this block, tokens t0 .. t0 + TOKENS - 1 of (b, kv), which are to know the importance of the first `blocks` blocks.
 typedef struct ChoiceTile { int b, kv, t0, blocks; } ChoiceTile;
 template <int TOKENS>
-__device__ static inline int choice_tile(ChoiceTile *x, int round, int64_t first_tile, int64_t tiles, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t item = item_to_and_fro(round), per_text = (s->T + TOKENS - 1) / TOKENS, tile = first_tile + tiles - 1 - item / s->KV;
+__device__ static inline int choice_tile(ChoiceTile *x, int round, int first_tile, int tiles, const AttentionShape *s, const SelectShape *sel) {
+    const int item = (int)item_to_and_fro(round), T = (int)s->T, per_text = (T + TOKENS - 1) / TOKENS, tile = first_tile + tiles - 1 - item / s->KV;
     if (item >= tiles * s->KV) return 0;
-    x->b = (int)(tile / per_text);
-    x->kv = (int)(item % s->KV);
-    x->t0 = (int)(tile % per_text) * TOKENS;
-    x->blocks = (int)choice_end(min64(x->t0 + TOKENS, s->T) - 1, sel);
+    x->b = tile / per_text;
+    x->kv = item % s->KV;
+    x->t0 = tile % per_text * TOKENS;
+    x->blocks = choice_end(min32(x->t0 + TOKENS, T) - 1, sel);
     return 1;
 }
 
 template <int D, int HEADS, int POLYNOMIALS>
 __global__ void __launch_bounds__(HopperImportance<D, HEADS>::THREADS, 1)
 hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                         const __grid_constant__ CUtensorMap last_map, int64_t row0, int64_t rows, int64_t first_tile, int64_t tiles, AttentionShape s, SelectShape sel) {
+                         const __grid_constant__ CUtensorMap last_map, int64_t row0, int64_t rows, int first_tile, int tiles, AttentionShape s, SelectShape sel) {
     #if HOPPER_CODE
     typedef HopperImportance<D, HEADS> Plan;
     constexpr int SLABS = Plan::SLABS, COLUMNS = Plan::COLUMNS, SETS = Plan::SETS, TOKENS = Plan::TOKENS, KEYS = Plan::KEYS, STAGES = Plan::STAGES, TILES = Plan::TILES;
@@ -3877,7 +3886,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
     Ring<STAGES> k_ring;
 
     if (group == 0) {
-        registers_fewer<MERGE_REGISTERS>();
+        registers_fewer<CHOICE_COPY_REGISTERS>();
         if (threadIdx.x > 0) return;
         const int with_one_more = (int)(s.Tk % per_block);      // keys c of a block before this one are in the last block, too
         for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
@@ -3901,7 +3910,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
         return;
     }
 
-    registers_more<merged_registers<SLABS>>();
+    registers_more<compute_registers<SLABS>>();
     const int slab = group - 1, warp = (int)(threadIdx.x / WARP) % 4, quad = lane() % 4, block_of_lane = warp * MMA_ROWS + lane() / 4;
     const float scale2 = LOG2E / sqrtf((float)D);
     float *const edge = edges + slab * Plan::EDGES;      // (stretches of three, warp, token): what the block behind a warp's last one gets
@@ -3912,7 +3921,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
         if (!x.blocks) continue;
         const int count = (x.blocks + KEYS - 1) / KEYS * per_block;         // tiles of keys
         const bf16 *q_tile = q_tiles + (q_ring.at * SLABS + slab) * COLUMNS * D;
-        // The lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
+        // This lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
         const int t = x.t0 + slab * TOKENS + quad;
         const int64_t row = (x.b * s.T + t) * s.KV + x.kv - row0, before = max64(0, -row + s.KV - 1) / s.KV;
         const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
@@ -3960,7 +3969,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
             edge_ring.next();
         };
         const auto weigh = [&](const float (*of)[4]) {
-            const float here = (float)(int)pieces_inside(c, 0, pieces, per_block), beyond = (float)(int)pieces_inside(c, 1, pieces, per_block);
+            const float here = (float)(int)pieces_inside(c, 0, pieces, per_block), beyond = (float)pieces - here;
             const int key = (block0 + block_of_lane) * per_block + c;
             if (block0 + warp * MMA_ROWS < x.blocks) {
                 #pragma unroll
@@ -4036,8 +4045,7 @@ static int64_t hopper_select_chunk(const AttentionShape *s, const SelectShape *s
 template <int D, int HEADS, int POLYNOMIALS>
 static void hopper_importance_of_shape(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     typedef HopperImportance<D, HEADS> Plan;
-    const int64_t tokens = Plan::BLOCK_TOKENS, per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
-    const int64_t first = from / s->T * per_text + from % s->T / tokens, tiles = to / s->T * per_text + to % s->T / tokens - first + 1;
+    const TokenTiles tiles = tiles_of_rows(Plan::BLOCK_TOKENS, row0, rows, s);
     const int64_t per_block = sel->sel_block / sel->cmp_stride, whole = s->Tk / per_block, rest = s->Tk % per_block;
     // (pair of heads, token, head of the pair, channel), texts one behind the other; (text, compressed key of a block, block, head and channel)
     const TensorShape queries = {{D, 2, s->B * s->T, s->H / 2}, {1, D, s->q_row, 2 * D}, {PANEL, 2, 4, HEADS / 2}};
@@ -4045,10 +4053,10 @@ static void hopper_importance_of_shape(float *importance, const bf16 *q, const b
     TensorShape last = keys;        // the first `rest` keys of a block, as the block behind the last whole one has them
     if (rest) last.size[1] = whole + 1, last.size[2] = rest;
     const CUtensorMap q_map = tensor_map_of_shape(q, &queries), k_map = tensor_map_of_shape(k, &keys), last_map = tensor_map_of_shape(k, &last);
-    const unsigned blocks = (unsigned)min64(gpu.multiProcessorCount, tiles * s->KV);
+    const unsigned blocks = (unsigned)min64(gpu.multiProcessorCount, tiles.count * s->KV);
     allow_shared(hopper_importance_kernel<D, HEADS, POLYNOMIALS>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_importance_kernel<D, HEADS, POLYNOMIALS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows, first,
-                                                                                                  tiles, *s, *sel);
+    hopper_importance_kernel<D, HEADS, POLYNOMIALS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows,
+                                                                                                  (int)tiles.first, (int)tiles.count, *s, *sel);
     LAUNCHED();
 }
 
