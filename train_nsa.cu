@@ -1556,15 +1556,24 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
 }
 
 // ----------------------------------------------------------------------------
-// Selection. Rows (b,t,kv) are done a chunk at a time, so that their attention weights (chunk, Nc) never become (B,T,KV,Nc).
+// Selection. Rows (b,t,kv) are done a chunk at a time, so that neither their importances (chunk, importance_row) nor, where these are summed from them by a
+// kernel of its own, their weights (chunk, Nc) ever become (B,T,KV,...).
 
 enum { SELECT_NUMBERS = 1 << 26, SELECT_HEADS = 4 };      // of a chunk, enough for several waves of blocks; heads that a thread meets a key with at once
+enum { STRETCH_BLOCKS = 64 };       // whose importances one kernel writes at once: rows are whole stretches
+static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) { return round_up(s->T / sel->sel_block + 1, STRETCH_BLOCKS); }
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
-    const int64_t row = s->Tk + s->T / sel->sel_block + 1;
-    return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / row));
+    return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / (s->Tk + importance_row(s, sel))));
 }
-static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *sel) {
-    return select_chunk(s, sel) * (s->Tk + s->T / sel->sel_block + 1);
+static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *sel) { return select_chunk(s, sel) * (s->Tk + importance_row(s, sel)); }
+
+// Places that are left to the most important blocks.
+DEVICE static inline int free_places(const SelectShape *sel) { return sel->n - sel->n_init - sel->n_local; }
+// The blocks before this one are those that query t may choose of, or takes in any case because they are the first; 0: it has no choice, and takes all.
+template <typename I>
+DEVICE static inline I choice_end(I t, const SelectShape *sel) {
+    const I blocks = t / sel->sel_block + 1;
+    return blocks > sel->n ? blocks - sel->n_local : 0;
 }
 
 // weights (chunk, Nc) = exp(q·K~/sqrt(D) - lse) summed over the heads of a group (eq. 10): a block of threads a row.
@@ -1572,7 +1581,7 @@ template <typename F>
 __global__ void select_weights_kernel(float *weights, const F *q, const F *k, const float *lse, int64_t row0, AttentionShape s, SelectShape sel) {
     extern __shared__ float shared[];
     const int64_t row = row0 + blockIdx.x, G = s.H / s.KV, kv = row % s.KV, bt = row / s.KV, t = bt % s.T, b = bt / s.T;
-    if (t / sel.sel_block + 1 <= sel.n) return;     // no choice to make
+    if (!choice_end(t, &sel)) return;
     const float scale = 1 / (float)sqrt((double)s.D);
     for (int64_t c = threadIdx.x; c < G * s.D; c += blockDim.x) shared[c] = (float)q[bt * s.q_row + kv * G * s.D + c] * scale;
     __syncthreads();
@@ -1589,72 +1598,73 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
     }
 }
 
-// A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
-typedef struct Choice { int *idx; const float *weights; int first, last, visible, pieces, per_block; } Choice;
+// importance (rows, row_size) of the blocks that a row may choose of, from its weights (rows, Tk): eq. 9. A block of threads a row.
+__global__ void importance_kernel(float *importance, int64_t row_size, const float *weights, int64_t row0, AttentionShape s, SelectShape sel) {
+    const int64_t t = (row0 + blockIdx.x) / s.KV % s.T;
+    const int pieces = sel.cmp_block / sel.cmp_stride, per_block = sel.sel_block / sel.cmp_stride, visible = (int)compressed_seen(t, sel.cmp_block, sel.cmp_stride);
+    const float *w = weights + blockIdx.x * s.Tk;
+    for (int j = threadIdx.x; j < (int)choice_end(t, &sel); j += blockDim.x) {
+        const int end = min32((j + 1) * per_block, visible);
+        float sum = 0;
+        for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += w[i] * (float)(int)pieces_inside(i, j, pieces, per_block);
+        importance[blockIdx.x * row_size + j] = sum;
+    }
+}
+static void gpu_importance(float *importance, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    importance_kernel<<<grid(rows, 1), THREADS>>>(importance, importance_row(s, sel), weights, row0, *s, *sel);
+    LAUNCHED();
+}
 
-// 0: there is no such row, or nothing to choose in it: it takes all its blocks.
-__device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+// A row of the choice: the blocks it may choose of are [first, last), those before and behind are taken.
+typedef struct Choice { int *idx, first, last; } Choice;
+
+// 0: there is no such row, or nothing to choose in it.
+__device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
     x->idx = block_idx + row * sel->n;
-    x->weights = weights + i * s->Tk;
     x->first = sel->n_init;
-    x->last = (int)blocks - sel->n_local;
-    x->visible = (int)compressed_seen(t, sel->cmp_block, sel->cmp_stride);
-    x->pieces = sel->cmp_block / sel->cmp_stride;
-    x->per_block = sel->sel_block / sel->cmp_stride;
+    x->last = (int)choice_end(t, sel);
     if (i >= rows) return 0;
-    for (int j = lane(); j < sel->n && blocks <= sel->n; j += WARP) x->idx[j] = j < blocks ? j : -1;
-    if (blocks <= sel->n) return 0;
+    for (int j = lane(); j < sel->n && !x->last; j += WARP) x->idx[j] = j < blocks ? j : -1;
+    if (!x->last) return 0;
     for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
     for (int j = lane(); j < sel->n_local; j += WARP) x->idx[sel->n - sel->n_local + j] = x->last + j;
-    return 1;
+    return free_places(sel) > 0;
 }
 
-// Eq. 9 of block j.
-__device__ static inline float importance_of(const Choice *x, int j) {
-    const int end = min32((j + 1) * x->per_block, x->visible);
-    float sum = 0;
-    for (int i = max32(0, j * x->per_block - x->pieces + 1); i < end; i++) sum += x->weights[i] * (float)(int)pieces_inside(i, j, x->pieces, x->per_block);
-    return sum >= 0 ? sum : 0;      // NaN, from a model that is lost anyway, must not leave a place empty
-}
+// NaN, from a model that is lost anyway, must not leave a place empty.
+__device__ static inline float comparable(float importance) { return importance >= 0 ? importance : 0; }
 
-// Eq. 9, 11, 12: a warp a row. The most important blocks so far are kept one a lane, so there are at most WARP of them; a stretch of
-// importances passes by in registers. Importances are not negative: they compare as their bits do, and 0 stands for none.
-enum { STRETCH = 8 };       // importances of a lane
-__global__ void select_few_kernel(int *block_idx, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
+// Eq. 11, 12: a warp a row, whose importances pass by from the last to the first, as recent blocks often are the most important. The best so far are kept
+// in order, one a lane, so there are at most WARP of them; of equal ones the first block is ahead. Importances are not negative: they compare as their bits
+// do, and 0 stands for none.
+enum { CHOICE_LOADS = 8 };      // importances of a lane that are on their way at once
+__global__ void select_few_kernel(int *block_idx, float *importance, int64_t row_size, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
     Choice x;
-    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
-    const int wanted = sel.n - sel.n_init - sel.n_local;
-    unsigned kept = 0;      // bits of an importance, plus 1
+    if (!choice_of(&x, global_warp(), block_idx, row0, rows, &s, &sel)) return;
+    importance += global_warp() * row_size;
+    const int wanted = free_places(&sel);
+    unsigned kept = 0, least = 1;       // bits of an importance, plus 1; what takes a place is at least `least`
     int kept_at = INT_MAX;
-    for (int j0 = x.first; j0 < x.last; j0 += STRETCH * WARP) {
-        unsigned value[STRETCH], highest = 0;
+    for (int j0 = x.last - 1; j0 >= x.first; j0 -= CHOICE_LOADS * WARP) {
+        unsigned value[CHOICE_LOADS];
         #pragma unroll
-        for (int u = 0; u < STRETCH; u++) {
-            const int j = j0 + u * WARP + lane();
-            value[u] = j < x.last ? __float_as_uint(importance_of(&x, j)) + 1 : 0;
-            highest = value[u] > highest ? value[u] : highest;
+        for (int u = 0; u < CHOICE_LOADS; u++) {
+            const int j = j0 - u * WARP - lane();
+            value[u] = j >= x.first ? __float_as_uint(comparable(importance[j])) + 1 : 0;
         }
-        const unsigned least = __reduce_min_sync(~0u, lane() < wanted ? kept : ~0u);
-        if (__reduce_max_sync(~0u, highest) <= least) continue;     // none is better, and equal ones come later
-        unsigned new_kept = 0;
-        int new_at = INT_MAX;
-        for (int place = 0; place < wanted; place++) {
-            unsigned best = kept;
-            int at = kept_at;
-            #pragma unroll
-            for (int u = 0; u < STRETCH; u++)
-                if (value[u] > best) best = value[u], at = j0 + u * WARP + lane();
-            const unsigned all_best = __reduce_max_sync(~0u, best);
-            const int all_at = (int)__reduce_min_sync(~0u, best == all_best ? (unsigned)at : ~0u);
-            if (lane() == place) new_kept = all_best, new_at = all_at;
-            if (kept_at == all_at) kept = 0;
-            #pragma unroll
-            for (int u = 0; u < STRETCH; u++)
-                if (j0 + u * WARP + lane() == all_at) value[u] = 0;
-        }
-        kept = new_kept;
-        kept_at = new_at;
+        #pragma unroll
+        for (int u = 0; u < CHOICE_LOADS; u++)
+            for (unsigned better = __ballot_sync(~0u, value[u] >= least); better; better &= better - 1) {
+                const int from = __ffs((int)better) - 1;
+                const unsigned one = __shfl_sync(~0u, value[u], from), before = __shfl_up_sync(~0u, kept, 1);
+                const int before_at = __shfl_up_sync(~0u, kept_at, 1), place = __popc(__ballot_sync(~0u, kept > one));
+                if (lane() > place) kept = before, kept_at = before_at;
+                if (lane() == place) kept = one, kept_at = j0 - u * WARP - from;
+                const unsigned last = __shfl_sync(~0u, kept, wanted - 1);
+                least = last > 1 ? last : 1;
+                better &= __ballot_sync(~0u, value[u] >= least) | 1u << from;
+            }
     }
     int rank = 0;
     for (int place = 0; place < wanted; place++) rank += __shfl_sync(~0u, kept_at, place) < kept_at;
@@ -1662,15 +1672,15 @@ __global__ void select_few_kernel(int *block_idx, const float *weights, int64_t 
 }
 
 // The same for any n: taken blocks are marked by an importance of -1.
-__global__ void select_blocks_kernel(int *block_idx, float *importance, const float *weights, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
+__global__ void select_blocks_kernel(int *block_idx, float *importance, int64_t row_size, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
     Choice x;
-    if (!choice_of(&x, global_warp(), block_idx, weights, row0, rows, &s, &sel)) return;
+    if (!choice_of(&x, global_warp(), block_idx, row0, rows, &s, &sel)) return;
     const int64_t first = x.first, last = x.last;
     int *idx = x.idx;
-    float *score = importance + global_warp() * (s.T / sel.sel_block + 1);
-    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = importance_of(&x, j);
+    float *score = importance + global_warp() * row_size;
+    for (int64_t j = first + lane(); j < last; j += WARP) score[j] = comparable(score[j]);
     __syncwarp();
-    for (int place = sel.n - sel.n_init - sel.n_local; place > 0; place--) {
+    for (int place = free_places(&sel); place > 0; place--) {
         float best = -0.5f;
         int64_t at = last;
         for (int64_t j = first + lane(); j < last; j += WARP)
@@ -1690,6 +1700,13 @@ __global__ void select_blocks_kernel(int *block_idx, float *importance, const fl
         if (taken) idx[to + __popc(all & ((1u << lane()) - 1))] = (int)(j0 + lane());
         to += __popc(all);
     }
+}
+
+// block_idx of the rows row0 .. row0+rows-1; their importances are lost.
+static void gpu_choose_blocks(int *block_idx, float *importance, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    const auto kernel = free_places(sel) <= WARP ? select_few_kernel : select_blocks_kernel;
+    kernel<<<grid(rows, WARPS), THREADS>>>(block_idx, importance, importance_row(s, sel), row0, rows, *s, *sel);
+    LAUNCHED();
 }
 
 template <typename F>
@@ -2625,8 +2642,10 @@ static int hopper_attention(const AttentionShape *s, const Mask *mask) {
     return s->D == s->Dv && (s->D == 64 || s->D == 128) && G <= SLAB_ROWS && hopper_code();
 }
 
-// A tensor (B,T,heads,width) whose tokens lie `row` numbers apart, to be read in boxes of PANEL channels, `box_heads` and `box_tokens`.
-static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64_t T, int64_t B, int64_t row, int64_t box_heads, int64_t box_tokens) {
+// A tensor of four dimensions, the innermost first: their sizes, from the second on how many numbers lie between neighbours, and the box of each, of the first
+// PANEL. They may overlap, and need not ascend.
+typedef struct TensorShape { int64_t size[4], stride[4], box[4]; } TensorShape;
+static CUtensorMap tensor_map_of_shape(const bf16 *x, const TensorShape *shape) {
     static decltype(&cuTensorMapEncodeTiled) encode;
     if (!encode) {
         void *entry = NULL;
@@ -2639,12 +2658,19 @@ static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64
         memcpy(&encode, &entry, sizeof encode);
     }
     CUtensorMap map;
-    const cuuint64_t sizes[] = {(cuuint64_t)width, (cuuint64_t)heads, (cuuint64_t)T, (cuuint64_t)B}, strides[] = {(cuuint64_t)width * 2, (cuuint64_t)row * 2, (cuuint64_t)(T * row) * 2};
-    const cuuint32_t box[] = {PANEL, (cuuint32_t)box_heads, (cuuint32_t)box_tokens, 1}, steps[] = {1, 1, 1, 1};
-    const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    cuuint64_t sizes[4], strides[4];
+    cuuint32_t box[4], steps[4];
+    for (int i = 0; i < 4; i++) sizes[i] = (cuuint64_t)shape->size[i], strides[i] = (cuuint64_t)shape->stride[i] * 2, box[i] = (cuuint32_t)shape->box[i], steps[i] = 1;
+    const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) die(1, "internal error: tensor map of (%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "): CUDA error %d", B, T, heads, width, (int)status);
+    if (status != CUDA_SUCCESS)
+        die(1, "internal error: tensor map of (%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "): CUDA error %d", shape->size[3], shape->size[2], shape->size[1], shape->size[0], (int)status);
     return map;
+}
+// A tensor (B,T,heads,width) whose tokens lie `row` numbers apart, to be read in boxes of PANEL channels, `box_heads` and `box_tokens`.
+static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64_t T, int64_t B, int64_t row, int64_t box_heads, int64_t box_tokens) {
+    const TensorShape shape = {{width, heads, T, B}, {1, width, row, T * row}, {PANEL, box_heads, box_tokens, 1}};
+    return tensor_map_of_shape(x, &shape);
 }
 static int64_t slab_tokens(const AttentionShape *s, int64_t rows) { return rows / (s->H / s->KV); }
 static CUtensorMap query_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int64_t rows) {
@@ -2697,13 +2723,19 @@ struct Ring {
     }
 };
 
+// The `round`-th item of this block where items become smaller: blocks take them to and fro, so that all have as much to do.
+__device__ static inline int64_t item_to_and_fro(int round) {
+    const int blocks = gridDim.x;
+    return (int64_t)round * blocks + (round % 2 ? blocks - 1 - (int)blockIdx.x : (int)blockIdx.x);
+}
+
 // The `round`-th tile of rows of this block, tokens t0 .. t0 + tokens - 1 of (b, kv), and the `steps` tiles of keys from k0 on that they see.
-// Late tokens come first, and blocks take their tiles to and fro, so that all have as much to do.
+// Late tokens come first.
 typedef struct RowTile { int b, kv, t0, k0, steps; } RowTile;
 template <int ROWS, int KEYS>
 __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, const AttentionShape *s) {
-    const int blocks = gridDim.x, bkv = (int)s->B * s->KV, tokens = ROWS / (s->H / s->KV), tiles = ((int)s->T + tokens - 1) / tokens;
-    const int64_t item = (int64_t)round * blocks + (round % 2 ? blocks - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    const int bkv = (int)s->B * s->KV, tokens = ROWS / (s->H / s->KV), tiles = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = item_to_and_fro(round);
     if (item >= (int64_t)tiles * bkv) return 0;
     int64_t lo, hi, unused;
     x->b = (int)(item % bkv) / s->KV;
@@ -3703,7 +3735,7 @@ fast_select_kernel(float *weights, const bf16 *q, const bf16 *k, const float *ls
     const int G = s.H / s.KV, tid = threadIdx.x, pair = lane() % 4 * 2;
     const int64_t per_text = (s.T + select_tokens<NB>() - 1) / select_tokens<NB>(), tile = first_tile + blockIdx.x / s.KV, kv = blockIdx.x % s.KV, b = tile / per_text;
     const int64_t t0 = tile % per_text * select_tokens<NB>(), last = min64(t0 + select_tokens<NB>(), s.T) - 1, mine = t0 + tid / WARP * TOKENS;
-    if (last / sel.sel_block + 1 <= sel.n) return;      // no choice to make
+    if (!choice_end(last, &sel)) return;
     const int seen = (int)min64(compressed_seen(last, sel.cmp_block, sel.cmp_stride), s.Tk);
     const bf16 *keys = k + b * s.Tk * s.k_row + kv * D;
     bf16 *memory = (bf16 *)fast_shared;
@@ -3767,13 +3799,21 @@ fast_select_kernel(float *weights, const bf16 *q, const bf16 *k, const float *ls
     }
 }
 
+// The tiles of `tokens` tokens, in each text anew, that hold the rows row0 .. row0+rows-1.
+typedef struct TokenTiles { int64_t first, count; } TokenTiles;
+static TokenTiles tiles_of_rows(int64_t tokens, int64_t row0, int64_t rows, const AttentionShape *s) {
+    const int64_t per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
+    const int64_t first = from / s->T * per_text + from % s->T / tokens;
+    const TokenTiles tiles = {first, to / s->T * per_text + to % s->T / tokens - first + 1};
+    return tiles;
+}
+
 template <int D, int NB>
 static void select_of_shape(float *weights, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t tokens = select_tokens<NB>(), per_text = (s->T + tokens - 1) / tokens, from = row0 / s->KV, to = (row0 + rows - 1) / s->KV;
-    const int64_t first = from / s->T * per_text + from % s->T / tokens, last = to / s->T * per_text + to % s->T / tokens;
+    const TokenTiles tiles = tiles_of_rows(select_tokens<NB>(), row0, rows, s);
     const int64_t bytes = 2 * RANGE_KEYS * D * (int64_t)sizeof(bf16);
     allow_shared(fast_select_kernel<D, NB>, bytes, FAST_NAME, FAST_FIX);
-    fast_select_kernel<D, NB><<<grid((last - first + 1) * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, first, *s, *sel);
+    fast_select_kernel<D, NB><<<grid(tiles.count * s->KV, 1), FAST_WARPS * WARP, (size_t)bytes>>>(weights, q, k, lse, row0, rows, tiles.first, *s, *sel);
     LAUNCHED();
 }
 
@@ -3791,6 +3831,267 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
     if (s->D == 64) select_of_width<64>(weights, q, k, lse, row0, rows, s, sel);
     else if (s->D == 128) select_of_width<128>(weights, q, k, lse, row0, rows, s, sel);
     else select_of_width<192>(weights, q, k, lse, row0, rows, s, sel);
+}
+
+// ----------------------------------------------------------------------------
+// Selection on Hopper: importances (rows, importance_row) in one kernel. Scores are turned as above, with whole heads and whole blocks in a thread, so that
+// neither the sum over heads (eq. 10) nor that over the keys of a block (eq. 9) moves anything between lanes:
+//
+//   columns   of the product, rows of the tile of queries, are (pair of heads, token of 4, head of 2): a lane of a quad has all heads of its token,
+//             4·HEADS columns are 4 tokens. Heads that a group has not are neighbours' or zeros, and weigh nothing.
+//   rows      tile c of a stretch is compressed key c of each of its STRETCH_BLOCKS blocks: i = per_block·j + c. Of its pieces, as no compressed block is longer
+//             than a selected one, some are in block j and the others in j + 1: a thread adds both up over the tiles, and a stretch ends with what its first
+//             block gets from the one before.
+//
+// Every warpgroup has its own queries and meets the tiles of keys that all share. The products with the next tile are on their way while this one's powers
+// of 2 are made, which alone take as long at D = 128 and twice as long at D = 64: a part of them is made of products and sums instead (FlashAttention-4).
+
+enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128, CHOICE_COPY_REGISTERS = 32 };
+static int padded_heads(const AttentionShape *s) {
+    const int G = s->H / s->KV;
+    return G <= 4 ? 4 : G <= 8 ? 8 : G <= 16 ? 16 : 32;
+}
+template <int D, int HEADS>
+struct HopperImportance {
+    enum { SLABS = CHOICE_SLABS, COLUMNS = CHOICE_COLUMNS, SETS = COLUMNS / (4 * HEADS), TOKENS = 4 * SETS, KEYS = STRETCH_BLOCKS, STAGES = D == 64 ? 8 : 5, TILES = 2 };
+    enum { THREADS = (SLABS + 1) * WARPGROUP, BLOCK_TOKENS = SLABS * TOKENS, EDGES = 3 * 4 * TOKENS, BARRIERS = 2 * TILES + 2 * STAGES };
+    enum { BYTES = (TILES * SLABS * COLUMNS + STAGES * KEYS) * D * 2 + BARRIERS * 8 + SLABS * EDGES * 4 };
+};
+// Of 8 powers of 2, those that are made of products and sums.
+template <int D> constexpr int importance_polynomials = D == 64 ? 1 : 0;
+
+// 2^x, x at most 0 and taken for -126 below: x is a whole number, which goes to the exponent, and a rest of at most 1/2, whose power is a polynomial (relative
+// error 8e-8).
+HOPPER_DEVICE static inline float power_of_2_of_products(float x) {
+    const float to_whole = 12582912;        // 1.5·2^23: the last bit of a sum with it is worth 1
+    x = fmaxf(x, -126);
+    const float whole = x + to_whole, rest = x - (whole - to_whole);
+    const float y = fmaf(fmaf(fmaf(fmaf(fmaf(1.3276472e-3f, rest, 9.67554133e-3f), rest, 5.55071327e-2f), rest, 2.40221197e-1f), rest, 6.93146967e-1f), rest, 1);
+    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(whole) << 23));
+}
+
+// The `round`-th tile of queries of this block, tokens t0 .. t0 + TOKENS - 1 of (b, kv), which are to know the importance of the first `blocks` blocks.
+typedef struct ChoiceTile { int b, kv, t0, blocks; } ChoiceTile;
+template <int TOKENS>
+__device__ static inline int choice_tile(ChoiceTile *x, int round, int first_tile, int tiles, const AttentionShape *s, const SelectShape *sel) {
+    const int item = (int)item_to_and_fro(round), T = (int)s->T, per_text = (T + TOKENS - 1) / TOKENS, tile = first_tile + tiles - 1 - item / s->KV;
+    if (item >= tiles * s->KV) return 0;
+    x->b = tile / per_text;
+    x->kv = item % s->KV;
+    x->t0 = tile % per_text * TOKENS;
+    x->blocks = choice_end(min32(x->t0 + TOKENS, T) - 1, sel);
+    return 1;
+}
+
+template <int D, int HEADS, int POLYNOMIALS>
+__global__ void __launch_bounds__(HopperImportance<D, HEADS>::THREADS, 1)
+hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                         const __grid_constant__ CUtensorMap last_map, int64_t row0, int64_t rows, int first_tile, int tiles, AttentionShape s, SelectShape sel) {
+    #if HOPPER_CODE
+    typedef HopperImportance<D, HEADS> Plan;
+    constexpr int SLABS = Plan::SLABS, COLUMNS = Plan::COLUMNS, SETS = Plan::SETS, TOKENS = Plan::TOKENS, KEYS = Plan::KEYS, STAGES = Plan::STAGES, TILES = Plan::TILES;
+    extern __shared__ SharedKilobyte hopper_shared[];
+    bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * SLABS * COLUMNS * D;
+    uint64_t *q_full = (uint64_t *)(key_tiles + STAGES * KEYS * D), *q_empty = q_full + TILES, *k_full = q_empty + TILES, *k_empty = k_full + STAGES;
+    float *edges = (float *)(k_empty + STAGES);
+    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
+        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, SLABS * 4);
+        barriers_ready();
+    }
+    __syncthreads();
+    ChoiceTile x;
+    Ring<TILES> q_ring;
+    Ring<STAGES> k_ring;
+
+    if (group == 0) {
+        registers_fewer<CHOICE_COPY_REGISTERS>();
+        if (threadIdx.x > 0) return;
+        const int with_one_more = (int)(s.Tk % per_block);      // keys c of a block before this one are in the last block, too
+        for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
+            if (!x.blocks) continue;
+            barrier_wait(q_empty + q_ring.at, q_ring.parity ^ 1);
+            barrier_expect(q_full + q_ring.at, SLABS * COLUMNS * D * 2);
+            for (int set = 0; set < SLABS * SETS; set++)
+                copy_tile<D>(q_tiles + ((q_ring.at * SLABS + set / SETS) * COLUMNS * (D / PANEL) + set % SETS * 4 * HEADS) * PANEL, COLUMNS, &q_map,
+                             x.kv * G / 2, x.b * (int)s.T + x.t0 + set * 4, 0, q_full + q_ring.at);
+            q_ring.next();
+            for (int block0 = 0; block0 < x.blocks; block0 += KEYS)
+                for (int c = 0; c < per_block; c++) {
+                    barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
+                    barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                    #pragma unroll
+                    for (int panel = 0; panel < D / PANEL; panel++)
+                        copy_box(key_tiles + (k_ring.at * D + panel * PANEL) * KEYS, c < with_one_more ? &last_map : &k_map, x.kv * D + panel * PANEL, block0, c, x.b, k_full + k_ring.at);
+                    k_ring.next();
+                }
+        }
+        return;
+    }
+
+    registers_more<compute_registers<SLABS>>();
+    const int slab = group - 1, warp = (int)(threadIdx.x / WARP) % 4, quad = lane() % 4, block_of_lane = warp * MMA_ROWS + lane() / 4;
+    const float scale2 = LOG2E / sqrtf((float)D);
+    float *const edge = edges + slab * Plan::EDGES;      // (stretches of three, warp, token): what the block behind a warp's last one gets
+    Ring<3> edge_ring;      // of three, as some warps may still read of the stretch before the last one
+    Ring<STAGES> done_ring;
+
+    for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
+        if (!x.blocks) continue;
+        const int count = (x.blocks + KEYS - 1) / KEYS * per_block;         // tiles of keys
+        const bf16 *q_tile = q_tiles + (q_ring.at * SLABS + slab) * COLUMNS * D;
+        // This lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
+        const int t = x.t0 + slab * TOKENS + quad;
+        const int64_t row = (x.b * s.T + t) * s.KV + x.kv - row0, before = max64(0, -row + s.KV - 1) / s.KV;
+        const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
+        float *to_row = importance + row * row_size + block_of_lane;
+        float lse2[SETS][HEADS], own[SETS][2] = {{0}}, next[SETS][2] = {{0}}, p[COLUMNS / 8][4], p_after[COLUMNS / 8][4];
+        int c = 0, block0 = 0;
+        #pragma unroll
+        for (int set = 0; set < SETS; set++)
+            #pragma unroll
+            for (int h = 0; h < HEADS; h += 2) {
+                const float2 two = t + set * 4 < (int)s.T && h < G ? *(const float2 *)(lse + (x.b * s.T + t + set * 4) * s.H + x.kv * G + h) : make_float2(INFINITY, INFINITY);
+                lse2[set][h] = two.x * LOG2E;
+                lse2[set][h + 1] = two.y * LOG2E;
+            }
+
+        const auto issue_scores = [&](float (*to)[4]) {
+            barrier_wait(k_full + k_ring.at, k_ring.parity);
+            wgmma_begin();
+            slab_times_turned<D, COLUMNS>(to, key_tiles + k_ring.at * KEYS * D, KEYS, q_tile, COLUMNS);
+            wgmma_commit();
+            k_ring.next();
+        };
+        const auto scores_done = [&](float (*of)[4]) {
+            wgmma_done<COLUMNS>(of);
+            let_go(k_empty + done_ring.at);
+            done_ring.next();
+        };
+        // The end of a stretch: what the keys of a block give to the next one goes there, and the blocks' importances to memory.
+        const auto store_stretch = [&] {
+            #pragma unroll
+            for (int set = 0; set < SETS; set++)
+                if (lane() >= WARP - 4) edge[(edge_ring.at * 4 + warp) * TOKENS + set * 4 + quad] = next[set][1];
+            threads_sync(1 + slab, WARPGROUP);
+            const float *before = edge + (warp ? edge_ring.at * 4 + warp - 1 : (edge_ring.at + 2) % 3 * 4 + 3) * TOKENS + quad;
+            float *to_blocks = to_row + block0;
+            #pragma unroll
+            for (int set = 0; set < SETS; set++, to_blocks += 4 * s.KV * row_size) {
+                const float low = __shfl_sync(~0u, next[set][0], (lane() + WARP - 4) % WARP), high = __shfl_sync(~0u, next[set][1], (lane() + WARP - 4) % WARP);
+                if (t + set * 4 >= from && t + set * 4 < to) {
+                    to_blocks[0] = own[set][0] + (lane() >= 4 ? low : block0 + warp ? before[set * 4] : 0);
+                    to_blocks[8] = own[set][1] + (lane() >= 4 ? high : low);
+                }
+                own[set][0] = own[set][1] = next[set][0] = next[set][1] = 0;
+            }
+            edge_ring.next();
+        };
+        const auto weigh = [&](const float (*of)[4]) {
+            const float here = (float)(int)pieces_inside(c, 0, pieces, per_block), beyond = (float)pieces - here;
+            const int key = (block0 + block_of_lane) * per_block + c;
+            if (block0 + warp * MMA_ROWS < x.blocks) {
+                #pragma unroll
+                for (int set = 0; set < SETS; set++) {
+                    float sum[2] = {0, 0};
+                    #pragma unroll
+                    for (int h = 0; h < HEADS; h++)
+                        #pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const float power = of[set * HEADS / 2 + h / 2][i * 2 + h % 2] * scale2 - lse2[set][h];
+                            sum[i] += h * POLYNOMIALS % 8 < POLYNOMIALS ? power_of_2_of_products(power) : power_of_2(power);
+                        }
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > t + set * 4) sum[i] = 0;
+                        own[set][i] += here * sum[i];
+                        next[set][i] += beyond * sum[i];
+                    }
+                }
+            }
+            if (++c < per_block) return;
+            store_stretch();
+            c = 0;
+            block0 += KEYS;
+        };
+
+        barrier_wait(q_full + q_ring.at, q_ring.parity);
+        issue_scores(p);
+        int left = count;
+        for (; left > 2; left -= 2) {
+            issue_scores(p_after);
+            wgmma_wait<1>();
+            scores_done(p);
+            weigh(p);
+            issue_scores(p);
+            wgmma_wait<1>();
+            scores_done(p_after);
+            weigh(p_after);
+        }
+        if (left == 2) {
+            issue_scores(p_after);
+            wgmma_wait<1>();
+            scores_done(p);
+            weigh(p);
+            wgmma_wait<0>();
+            scores_done(p_after);
+            let_go(q_empty + q_ring.at);
+            weigh(p_after);
+        } else {
+            wgmma_wait<0>();
+            scores_done(p);
+            let_go(q_empty + q_ring.at);
+            weigh(p);
+        }
+        q_ring.next();
+    }
+    #endif
+}
+
+// 1 if this tier takes the choice: whole pairs of heads, two groups of 64 columns at most for 4 tokens. Where there is no place to choose for, there may not even
+// be keys.
+static int hopper_select(const AttentionShape *s, const SelectShape *sel, const Mask *mask) {
+    const int64_t G = s->H / s->KV;
+    return hopper_attention(s, mask) && G % 2 == 0 && G <= 32 && free_places(sel) > 0;
+}
+
+// Rows of a chunk: the same memory as for weights and importances, and whole waves of blocks.
+static int64_t hopper_select_chunk(const AttentionShape *s, const SelectShape *sel) {
+    const int64_t most = gpu_select_scratch(s, sel) / importance_row(s, sel), wave = CHOICE_SLABS * CHOICE_COLUMNS / padded_heads(s) * (int64_t)gpu.multiProcessorCount;
+    return most > wave ? most / wave * wave : most;
+}
+
+template <int D, int HEADS, int POLYNOMIALS>
+static void hopper_importance_of_shape(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    typedef HopperImportance<D, HEADS> Plan;
+    const TokenTiles tiles = tiles_of_rows(Plan::BLOCK_TOKENS, row0, rows, s);
+    const int64_t per_block = sel->sel_block / sel->cmp_stride, whole = s->Tk / per_block, rest = s->Tk % per_block;
+    // (pair of heads, token, head of the pair, channel), texts one behind the other; (text, compressed key of a block, block, head and channel)
+    const TensorShape queries = {{D, 2, s->B * s->T, s->H / 2}, {1, D, s->q_row, 2 * D}, {PANEL, 2, 4, HEADS / 2}};
+    const TensorShape keys = {{s->KV * D, whole, per_block, s->B}, {1, per_block * s->k_row, s->k_row, s->Tk * s->k_row}, {PANEL, Plan::KEYS, 1, 1}};
+    TensorShape last = keys;        // the first `rest` keys of a block, as the block behind the last whole one has them
+    if (rest) last.size[1] = whole + 1, last.size[2] = rest;
+    const CUtensorMap q_map = tensor_map_of_shape(q, &queries), k_map = tensor_map_of_shape(k, &keys), last_map = tensor_map_of_shape(k, &last);
+    const unsigned blocks = (unsigned)min64(gpu.multiProcessorCount, tiles.count * s->KV);
+    allow_shared(hopper_importance_kernel<D, HEADS, POLYNOMIALS>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_importance_kernel<D, HEADS, POLYNOMIALS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows,
+                                                                                                  (int)tiles.first, (int)tiles.count, *s, *sel);
+    LAUNCHED();
+}
+
+template <int D>
+static void hopper_importance_of_width(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    constexpr int POLYNOMIALS = importance_polynomials<D>;
+    const auto of_shape = padded_heads(s) == 4 ? hopper_importance_of_shape<D, 4, POLYNOMIALS> : padded_heads(s) == 8 ? hopper_importance_of_shape<D, 8, POLYNOMIALS>
+                        : padded_heads(s) == 16 ? hopper_importance_of_shape<D, 16, POLYNOMIALS> : hopper_importance_of_shape<D, 32, POLYNOMIALS>;
+    of_shape(importance, q, k, lse, row0, rows, s, sel);
+}
+
+// importance (rows, importance_row) of the blocks that the rows row0 .. row0+rows-1 of (b,t,kv) may choose of; behind these some that mean nothing.
+static void hopper_importance(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    if (s->D == 64) hopper_importance_of_width<64>(importance, q, k, lse, row0, rows, s, sel);
+    else hopper_importance_of_width<128>(importance, q, k, lse, row0, rows, s, sel);
 }
 
 // ----------------------------------------------------------------------------
@@ -3830,17 +4131,22 @@ static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, c
 // k (B,Tk,KV,D) are the compressed keys, lse that of the compressed branch.
 template <typename F>
 static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, const Mask *mask, float *scratch) {
-    const int64_t rows = s->B * s->T * s->KV, chunk = select_chunk(s, sel);
-    float *weights = scratch, *importance = weights + chunk * s->Tk;
+    constexpr int IS_BF16 = std::is_same<F, bf16>::value;
+    const int none = takes_all_blocks(s->T, sel->n, sel->sel_block) || free_places(sel) == 0;     // nothing to weigh
+    const int fast = IS_BF16 && fast_attention(s, mask), hopper = fast && hopper_select(s, sel, mask);
+    const int64_t rows = s->B * s->T * s->KV, chunk = hopper ? hopper_select_chunk(s, sel) : select_chunk(s, sel);
+    float *importance = scratch, *weights = importance + chunk * importance_row(s, sel);
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        int done = takes_all_blocks(s->T, sel->n, sel->sel_block);       // then there is nothing to weigh
-        if constexpr (std::is_same<F, bf16>::value)
-            if (!done && (done = fast_attention(s, mask))) fast_select_weights(weights, q, k, lse, row, n, s, sel);
-        if (!done) simple_select_weights(weights, q, k, lse, row, n, s, sel);
-        if (sel->n - sel->n_init - sel->n_local <= WARP) select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, weights, row, n, *s, *sel);
-        else select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, *s, *sel);
-        LAUNCHED();
+        if (!none && !hopper) {
+            if constexpr (IS_BF16)
+                if (fast) fast_select_weights(weights, q, k, lse, row, n, s, sel);
+            if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
+            gpu_importance(importance, weights, row, n, s, sel);
+        }
+        if constexpr (IS_BF16)
+            if (!none && hopper) hopper_importance(importance, q, k, lse, row, n, s, sel);
+        gpu_choose_blocks(block_idx, importance, row, n, s, sel);
     }
 }
 

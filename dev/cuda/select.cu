@@ -1,10 +1,11 @@
 // The choice of blocks: from queries and compressed keys to block_idx (paper eq. 8 to 12), without any gradient.
 //
-//   weights   what the heads of a group give to each compressed block: scores once more, on tensor cores (fast_select_weights)
-//   choice    version 1: select_blocks_kernel, any n: the best of all, n times over, in memory
-//             version 2: select_few_kernel, n - n_init - n_local <= 32: the best so far one a lane, importances pass by in registers
+//   importance    version 1: scores once more with mma.sync, their weights to memory (fast_select_weights), summed into blocks by a kernel of their own (gpu_importance)
+//                 version 2: Hopper, wgmma, summed in registers (hopper_importance); with 0 to 4 of 8 powers of 2 made of products and sums
+//   choice        version 1: select_blocks_kernel, any n: the best of all, n times over, in memory
+//                 version 2: select_few_kernel, n - n_init - n_local <= 32: the best so far one a lane, importances pass by in registers
 //
-//   make build/select && build/select            both choices against the CPU's, with many ties
+//   make build/select && build/select            importances against double precision, both choices against the CPU's, with many ties
 //   build/select bench 65536 64 4 128            times on this GPU: T, heads, KV heads, D; preset paper, random normal q and k
 
 #define NSA_CU_NO_MAIN
@@ -14,43 +15,127 @@
 
 static Rng rng = {31, 1, 0};
 
+static SelectShape paper = {32, 16, 64, 16, 1, 2};
+
+// The choice that the CPU makes of the rows row0 .. row0+rows-1, from their importances (rows, row_size).
+static void host_choice(int *idx, const float *importance, int64_t row_size, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
+    for (int64_t i = 0; i < rows; i++) choose_blocks(idx + i * sel->n, importance + i * row_size, (row0 + i) / s->KV % s->T / sel->sel_block + 1, sel);
+}
+static int64_t different(const int *a, const int *b, int64_t n) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) count += a[i] != b[i];
+    return count;
+}
+
 // The last `rows` rows of a text of `blocks` blocks. Weights are small whole numbers: sums are exact, and equal ones frequent.
 static void check_choice(int64_t blocks, int KV, SelectShape sel, int64_t rows, uint64_t values) {
     const int64_t T = blocks * sel.sel_block - sel.sel_block / 2;
     AttentionShape s;
     memset(&s, 0, sizeof s);
     s.B = 1, s.T = T, s.KV = KV, s.H = KV, s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
-    const int64_t row0 = T * KV - rows, size = rows * s.Tk, count = rows * sel.n;
-    float *weights = (float *)xmalloc((size_t)size * sizeof *weights), *importance = (float *)xmalloc((size_t)(blocks + 1) * sizeof *importance);
+    const int64_t row0 = T * KV - rows, size = rows * s.Tk, count = rows * sel.n, row_size = importance_row(&s, &sel);
+    float *weights = (float *)xmalloc((size_t)size * sizeof *weights), *importance = (float *)xmalloc((size_t)(rows * row_size) * sizeof *importance);
     int *want = (int *)xmalloc((size_t)count * sizeof *want), *got = (int *)xmalloc((size_t)count * sizeof *got);
     for (int64_t i = 0; i < size; i++) weights[i] = (float)rng_below(&rng, values);
     for (int64_t i = 0; i < rows; i++) {
         const int64_t t = (row0 + i) / KV;
-        block_importance(importance, weights + i * s.Tk, t / sel.sel_block + 1, compressed_seen(t, sel.cmp_block, sel.cmp_stride), &sel);
-        choose_blocks(want + i * sel.n, importance, t / sel.sel_block + 1, &sel);
+        block_importance(importance + i * row_size, weights + i * s.Tk, t / sel.sel_block + 1, compressed_seen(t, sel.cmp_block, sel.cmp_stride), &sel);
     }
-    float *device_weights = (float *)device_malloc(size * 4), *device_importance = (float *)device_malloc(rows * (T / sel.sel_block + 1) * 4);
+    host_choice(want, importance, row_size, row0, rows, &s, &sel);
+    float *device_weights = (float *)device_malloc(size * 4), *device_importance = (float *)device_malloc(rows * row_size * 4);
     int *block_idx = (int *)device_malloc(T * KV * sel.n * 4);
     to_device(device_weights, weights, size * 4);
     for (int version = 1; version <= 2; version++) {
-        if (version == 2 && sel.n - sel.n_init - sel.n_local > WARP) continue;
+        if (version == 2 && free_places(&sel) > WARP) continue;
         CUDA(cudaMemset(block_idx, 0x77, (size_t)(T * KV * sel.n * 4)));
-        if (version == 1) select_blocks_kernel<<<grid(rows, WARPS), THREADS>>>(block_idx, device_importance, device_weights, row0, rows, s, sel);
-        else select_few_kernel<<<grid(rows, WARPS), THREADS>>>(block_idx, device_weights, row0, rows, s, sel);
+        CUDA(cudaMemset(device_importance, 0xff, (size_t)(rows * row_size * 4)));
+        gpu_importance(device_importance, device_weights, row0, rows, &s, &sel);
+        const auto kernel = version == 1 ? select_blocks_kernel : select_few_kernel;
+        kernel<<<grid(rows, WARPS), THREADS>>>(block_idx, device_importance, row_size, row0, rows, s, sel);
         LAUNCHED();
         to_host(got, block_idx + row0 * sel.n, count * 4);
-        int64_t other = 0;
-        for (int64_t i = 0; i < count; i++) other += got[i] != want[i];
+        const int64_t other = different(got, want, count);
         check(other == 0, "version %d, %d blocks, l=%d d=%d l'=%d n=%d+%d+%d, KV=%d: %d of %d are others than the CPU's", version, (int)blocks, sel.cmp_block, sel.cmp_stride,
-              sel.sel_block, sel.n_init, sel.n - sel.n_init - sel.n_local, sel.n_local, KV, (int)other, (int)count);
+              sel.sel_block, sel.n_init, free_places(&sel), sel.n_local, KV, (int)other, (int)count);
     }
     void *all[] = {device_weights, device_importance, block_idx};
     for (int i = 0; i < 3; i++) CUDA(cudaFree(all[i]));
     free(weights), free(importance), free(want), free(got);
 }
 
+static float *host_of_bf16(const bf16 *x, int64_t n) {
+    uint16_t *bits = (uint16_t *)xmalloc((size_t)n * sizeof *bits);
+    float *y = (float *)xmalloc((size_t)n * sizeof *y);
+    to_host(bits, x, n * 2);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t word = (uint32_t)bits[i] << 16;
+        memcpy(y + i, &word, 4);
+    }
+    free(bits);
+    return y;
+}
+
+// Importances from random q and k, in two calls whose cut lies anywhere, against double precision; then the whole choice against the CPU's of the same importances.
+// q stands in a wider row.
+static const double IMPORTANCE_ERROR = 1e-4;
+static void check_importance(int64_t B, int64_t T, int G, int KV, int D, SelectShape sel, int64_t cut) {
+    const Mask mask = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL};
+    AttentionShape s = {B, T, compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride), G * KV, KV, D, D, (int64_t)G * KV * D + 24, (int64_t)KV * D, (int64_t)KV * D};
+    const int64_t rows = B * T * KV, nq = B * T * s.q_row, nk = B * s.Tk * s.k_row, nl = B * T * s.H, row_size = importance_row(&s, &sel), per_block = sel.sel_block / sel.cmp_stride;
+    bf16 *q = (bf16 *)device_malloc(nq * 2), *k = (bf16 *)device_malloc(nk * 2);
+    fill_normal(q, nq, (uint32_t)(T + G));
+    fill_normal(k, nk, (uint32_t)(T + D));
+    float *host_q = host_of_bf16(q, nq), *host_k = host_of_bf16(k, nk), *host_lse = (float *)xmalloc((size_t)nl * 4), *got = (float *)xmalloc((size_t)(rows * row_size) * 4);
+    double *want = (double *)xcalloc((size_t)(rows * row_size), sizeof *want), *p = (double *)xmalloc((size_t)s.Tk * sizeof *p);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t kv = row % KV, bt = row / KV, b = bt / T, seen = compressed_seen(bt % T, sel.cmp_block, sel.cmp_stride);
+        for (int64_t h = kv * G; h < (kv + 1) * G; h++) {
+            double sum = 0;
+            for (int64_t i = 0; i < seen; i++) {
+                double score = 0;
+                for (int c = 0; c < D; c++) score += (double)host_q[bt * s.q_row + h * D + c] * (double)host_k[(b * s.Tk + i) * s.k_row + kv * D + c];
+                sum += p[i] = exp(score / sqrt((double)D));
+            }
+            host_lse[bt * s.H + h] = (float)log(sum);
+            for (int64_t i = 0; i < seen; i++)
+                for (int64_t j = i / per_block; j < row_size && j * per_block < i + sel.cmp_block / sel.cmp_stride; j++)
+                    want[row * row_size + j] += p[i] / exp((double)host_lse[bt * s.H + h]) * (double)pieces_inside(i, j, sel.cmp_block / sel.cmp_stride, per_block);
+        }
+    }
+    float *lse = (float *)device_malloc(nl * 4), *importance = (float *)device_malloc(rows * row_size * 4), *weights = (float *)device_malloc(rows * s.Tk * 4);
+    float *scratch = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4);
+    int *block_idx = (int *)device_malloc(rows * sel.n * 4), *chosen = (int *)xmalloc((size_t)(rows * sel.n) * 4), *host_chosen = (int *)xmalloc((size_t)(rows * sel.n) * 4);
+    to_device(lse, host_lse, nl * 4);
+    for (int version = 1; version <= 2; version++) {
+        if (!fast_attention(&s, &mask) || (version == 2 && !hopper_select(&s, &sel, &mask))) continue;
+        CUDA(cudaMemset(importance, 0xff, (size_t)(rows * row_size * 4)));
+        for (int64_t row = 0, n = cut; row < rows; row += n, n = rows - row) {
+            if (version == 1) fast_select_weights(weights + row * s.Tk, q, k, lse, row, n, &s, &sel), gpu_importance(importance + row * row_size, weights + row * s.Tk, row, n, &s, &sel);
+            else hopper_importance(importance + row * row_size, q, k, lse, row, n, &s, &sel);
+        }
+        to_host(got, importance, rows * row_size * 4);
+        double worst = 0;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t j = 0; j < choice_end(row / KV % T, &sel); j++) {
+                const double x = want[row * row_size + j], error = fabs((double)got[row * row_size + j] - x) / x;
+                worst = error <= worst ? worst : error == error ? error : INFINITY;
+            }
+        check(worst < IMPORTANCE_ERROR, "version %d, importances of B=%d T=%d G=%d KV=%d D=%d, l=%d d=%d l'=%d n=%d: error %.1e", version, (int)B, (int)T, G, KV, D, sel.cmp_block, sel.cmp_stride,
+              sel.sel_block, sel.n, worst);
+    }
+    CUDA(cudaMemset(block_idx, 0x77, (size_t)(rows * sel.n * 4)));
+    gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, scratch);
+    to_host(chosen, block_idx, rows * sel.n * 4);
+    host_choice(host_chosen, got, row_size, 0, rows, &s, &sel);
+    const int64_t other = different(chosen, host_chosen, rows * sel.n);
+    check(other == 0, "choice of B=%d T=%d G=%d KV=%d D=%d: %d of %d are others than the CPU's", (int)B, (int)T, G, KV, D, (int)other, (int)(rows * sel.n));
+    void *all[] = {q, k, lse, importance, weights, scratch, block_idx};
+    for (int i = 0; i < 7; i++) CUDA(cudaFree(all[i]));
+    free(host_q), free(host_k), free(host_lse), free(got), free(want), free(p), free(chosen), free(host_chosen);
+}
+
 static int check_all(void) {
-    const SelectShape paper = {32, 16, 64, 16, 1, 2}, one = {8, 8, 8, 4, 0, 1}, forced = {8, 4, 8, 3, 1, 2}, most = {16, 4, 16, 35, 1, 2}, more = {16, 8, 32, 60, 2, 3};
+    const SelectShape one = {8, 8, 8, 4, 0, 1}, forced = {8, 4, 8, 3, 1, 2}, most = {16, 4, 16, 35, 1, 2}, more = {16, 8, 32, 60, 2, 3};
     const SelectShape *shapes[] = {&paper, &one, &forced, &most, &more};
     const int64_t blocks[] = {3, 17, 36, 250, 300, 1100};
     for (int i = 0; i < 5; i++)
@@ -58,6 +143,20 @@ static int check_all(void) {
             check_choice(blocks[j], 1 + j % 2, *shapes[i], min64(40, blocks[j] * shapes[i]->sel_block / 2), 2);
             check_choice(blocks[j], 1 + j % 2, *shapes[i], min64(40, blocks[j] * shapes[i]->sel_block / 2), 1000);
         }
+    // stretches of 64 blocks that end inside and at a text's end, keys that do not fill a block, groups that fill their columns or not, and such as only
+    // version 1 takes; one local block, whose keys are not all seen
+    const SelectShape narrow = {8, 4, 8, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 4, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 8, 3, 1, 2};
+    check_importance(1, 331, 16, 1, 64, narrow, 100);
+    check_importance(2, 277, 4, 2, 64, narrow, 301);
+    check_importance(1, 530, 8, 2, 128, narrow, 77);
+    check_importance(1, 600, 16, 1, 128, narrow, 599);
+    check_importance(1, 300, 32, 1, 128, same, 1);
+    check_importance(2, 541, 12, 1, 64, same, 500);
+    check_importance(1, 531, 6, 1, 64, local, 256);
+    check_importance(1, 777, 4, 1, 128, wide, 100);
+    check_importance(1, 130, 3, 2, 64, narrow, 100);
+    check_importance(1, 130, 2, 1, 64, forced_only, 100);
+    check_importance(1, 1500, 16, 1, 64, paper, 1024);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }
@@ -65,35 +164,60 @@ static int check_all(void) {
 // ----------------------------------------------------------------------------
 // Times
 
+enum { RUNS = 9 };
+
+// hopper_importance with `POLYNOMIALS` of 8 powers of 2 made of products and sums, where the group is 16 heads: other sizes have one version.
+template <int POLYNOMIALS>
+static int hopper_version(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row, int64_t n, const AttentionShape *s, const SelectShape *sel) {
+    if (padded_heads(s) != 16) return 0;
+    if (s->D == 64) hopper_importance_of_shape<64, 16, POLYNOMIALS>(importance, q, k, lse, row, n, s, sel);
+    else hopper_importance_of_shape<128, 16, POLYNOMIALS>(importance, q, k, lse, row, n, s, sel);
+    return 1;
+}
+
 static int bench(int64_t T, int H, int KV, int D) {
-    const SelectShape sel = {32, 16, 64, 16, 1, 2};
+    const SelectShape sel = paper;
     const Mask mask = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL};
     AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D};
     s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     if (!fast_attention(&s, &mask)) die(2, "bench: the fast tier takes D = 64 and 128");
-    const int64_t rows = T * KV, chunk = select_chunk(&s, &sel), nq = T * H * D, nk = s.Tk * KV * D;
+    const int hopper = hopper_select(&s, &sel, &mask);
+    const int64_t rows = T * KV, row_size = importance_row(&s, &sel), chunk = select_chunk(&s, &sel), nq = T * H * D, nk = s.Tk * KV * D;
+    const int64_t hopper_chunk = hopper ? min64(rows, hopper_select_chunk(&s, &sel)) : chunk;
     bf16 *q = (bf16 *)device_malloc(nq * 2), *k = (bf16 *)device_malloc(nk * 2), *out = (bf16 *)device_malloc(nq * 2);
-    float *lse = (float *)device_malloc(T * H * 4), *weights = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4), *importance = weights + chunk * s.Tk;
+    float *lse = (float *)device_malloc(T * H * 4), *importance = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4), *weights = importance + chunk * row_size;
     int *block_idx = (int *)device_malloc(rows * sel.n * 4);
     fill_normal(q, nq, 1);
     fill_normal(k, nk, 2);
     fast_attention_forward(out, lse, q, k, k, &mask, &s);
-    // Each part over all chunks, the choice on weights of the last one: what it costs does not depend on them much.
-    const auto each = [&](auto part) {
-        for (int64_t row = 0; row < rows; row += chunk) part(row, min64(chunk, rows - row));
-        LAUNCHED();
+    const double pairs = (double)T * H * (double)s.Tk / 2, numbers = (double)rows * (double)s.Tk / 2, per_block = sel.sel_block / sel.cmp_stride;
+    printf("T=%" PRId64 " H=%d KV=%d D=%d on %s; chunks of %" PRId64 " rows for version 1 of the importances, %" PRId64 " for version 2\n", T, H, KV, D, gpu.name, chunk, hopper_chunk);
+    // Each part over all chunks.
+    const auto each = [&](int64_t size, auto part) {
+        return median_ms(RUNS, [&] {
+            for (int64_t row = 0; row < rows; row += size) part(row, min64(size, rows - row));
+            LAUNCHED();
+        });
     };
-    const double scores = median_ms(9, [&] { each([&](int64_t row, int64_t n) { fast_select_weights(weights, q, k, lse, row, n, &s, &sel); }); });
-    const double first = median_ms(9, [&] { each([&](int64_t row, int64_t n) { select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, weights, row, n, s, sel); }); });
-    const double second = median_ms(9, [&] { each([&](int64_t row, int64_t n) { select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, weights, row, n, s, sel); }); });
-    const double all = median_ms(9, [&] { gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, weights); });
-    const double flops = (double)T * H * (double)s.Tk / 2 * 2 * D, bytes = (double)rows * (double)s.Tk / 2 * 4;
-    printf("T=%" PRId64 " H=%d KV=%d D=%d, %" PRId64 " rows a chunk, on %s\n", T, H, KV, D, chunk, gpu.name);
-    printf("weights             %8.3f ms  %6.0f TFLOP/s\n", scores, flops / scores * 1e-9);
-    printf("choice, version 1   %8.3f ms  %6.0f GB/s of weights\n", first, bytes / first * 1e-6);
-    printf("choice, version 2   %8.3f ms  %6.0f GB/s\n", second, bytes / second * 1e-6);
-    printf("all                 %8.3f ms\n", all);
-    void *memory[] = {q, k, out, lse, weights, block_idx};
+    const auto report_scores = [&](const char *name, double ms) { printf("%-44s %8.3f ms  %6.0f TFLOP/s  %5.2f T powers of 2 a second\n", name, ms, 2 * pairs * D / ms * 1e-9, pairs / ms * 1e-9); };
+    const auto report_bytes = [&](const char *name, double ms, double count) { printf("%-44s %8.3f ms  %6.0f GB/s\n", name, ms, count * 4 / ms * 1e-6); };
+    report_scores("weights, mma.sync", each(chunk, [&](int64_t row, int64_t n) { fast_select_weights(weights, q, k, lse, row, n, &s, &sel); }));
+    report_bytes("importances of the weights", each(chunk, [&](int64_t row, int64_t n) { gpu_importance(importance, weights, row, n, &s, &sel); }), numbers * (1 + 1 / per_block));
+    const auto report_version = [&](auto version, const char *name) {
+        if (hopper && padded_heads(&s) == 16) report_scores(name, each(hopper_chunk, [&](int64_t row, int64_t n) { version(importance, q, k, lse, row, n, &s, &sel); }));
+    };
+    report_version(hopper_version<0>, "importances, Hopper, no power of products");
+    report_version(hopper_version<1>, "importances, Hopper, 1 of 8 of products");
+    report_version(hopper_version<2>, "importances, Hopper, 2 of 8");
+    report_version(hopper_version<3>, "importances, Hopper, 3 of 8");
+    report_version(hopper_version<4>, "importances, Hopper, 4 of 8");
+    if (hopper) report_scores("importances, Hopper, as the model runs it", each(hopper_chunk, [&](int64_t row, int64_t n) { hopper_importance(importance, q, k, lse, row, n, &s, &sel); }));
+    // The choice of the importances of the last chunk, but for version 1, which destroys them: what it costs hardly depends on them.
+    report_bytes("choice, version 2", each(hopper_chunk, [&](int64_t row, int64_t n) { select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }), numbers / per_block);
+    report_bytes("choice, version 1", each(hopper_chunk, [&](int64_t row, int64_t n) { select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }),
+                 numbers / per_block);
+    printf("%-44s %8.3f ms\n", "all, as the model runs it", median_ms(RUNS, [&] { gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, importance); }));
+    void *memory[] = {q, k, out, lse, importance, block_idx};
     for (int i = 0; i < 6; i++) CUDA(cudaFree(memory[i]));
     return 0;
 }
