@@ -2756,11 +2756,15 @@ __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const
     return rows;
 }
 
-// Registers a thread: 64 k of them are shared out by warpgroup, the one that copies gets few.
+// Registers a thread: a block has those that it was started with, which are shared out by warpgroup, the one that copies gets few. Who asks for more than the
+// others have given back waits for ever.
 template <int SLABS> constexpr int copy_registers = SLABS == 2 ? 24 : 32;
 template <int SLABS> constexpr int compute_registers = SLABS == 2 ? 240 : 160;
 enum { MERGE_REGISTERS = 40 };      // where the warps that copy have lists to merge
 template <int SLABS> constexpr int merged_registers = SLABS == 2 ? 232 : 152;
+template <int SLABS> constexpr int all_registers = 65536 / WARPGROUP / (SLABS + 1) / 8 * 8 * (SLABS + 1);
+static_assert(copy_registers<2> + 2 * compute_registers<2> <= all_registers<2> && copy_registers<3> + 3 * compute_registers<3> <= all_registers<3>, "registers");
+static_assert(MERGE_REGISTERS + 2 * merged_registers<2> <= all_registers<2> && MERGE_REGISTERS + 3 * merged_registers<3> <= all_registers<3>, "registers");
 
 // The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
 template <int DV>
@@ -3472,7 +3476,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     const int group = threadIdx.x / WARPGROUP;
     if (threadIdx.x == 0) {
         barrier_init(keys_full, 1);
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 2 * WARP + 1), barrier_init(empty + i, Plan::USERS * 4);      // the copying warp brings the stats too
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 2 * WARP + 1), barrier_init(empty + i, Plan::USERS * WARPGROUP);      // the copying warp brings the stats too
         barriers_ready();
     }
     // Rows that no box reaches are zero for good: they add nothing to any sum.
@@ -3591,7 +3595,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_wait<0>();
         wgmma_done<DV>(dvs);
         wgmma_done<D>(dks);
-        let_go(empty + ring.at);
+        barrier_arrive(empty + ring.at);        // each lane for itself, as each has read the stats: so compute-sanitizer can follow
         if (LISTED) ring.next();
     }
     if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
@@ -3846,7 +3850,7 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 // Every warpgroup has its own queries and meets the tiles of keys that all share. The products with the next tile are on their way while this one's powers
 // of 2 are made, which alone take as long at D = 128 and twice as long at D = 64: a part of them is made of products and sums instead (FlashAttention-4).
 
-enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128, CHOICE_COPY_REGISTERS = 32 };
+enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128 };
 static int padded_heads(const AttentionShape *s) {
     const int G = s->H / s->KV;
     return G <= 4 ? 4 : G <= 8 ? 8 : G <= 16 ? 16 : 32;
@@ -3906,7 +3910,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
     Ring<STAGES> k_ring;
 
     if (group == 0) {
-        registers_fewer<CHOICE_COPY_REGISTERS>();
+        registers_fewer<copy_registers<SLABS>>();
         if (threadIdx.x > 0) return;
         const int with_one_more = (int)(s.Tk % per_block);      // keys c of a block before this one are in the last block, too
         for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {

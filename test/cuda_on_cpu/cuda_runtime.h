@@ -463,14 +463,14 @@ static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned
 }
 
 // Hopper's barriers in shared memory, 8 bytes.
-struct EmuBarrier { uint8_t made, phase, arrivals, missing; int32_t bytes; };
+struct EmuBarrier { uint32_t made : 8, phase : 4, arrivals : 10, missing : 10; int32_t bytes; };
 enum { EMU_BARRIER_MADE = 0xb5 };
 static inline EmuBarrier *emu_barrier(uint64_t *barrier) {
     EmuBarrier *b = (EmuBarrier *)barrier;
     if (b->made != EMU_BARRIER_MADE) emu::stop("a barrier in shared memory is used before it is made");
     return b;
 }
-static inline void emu_barrier_init(uint64_t *barrier, int arrivals) { *(EmuBarrier *)barrier = {EMU_BARRIER_MADE, 0, (uint8_t)arrivals, (uint8_t)arrivals, 0}; }
+static inline void emu_barrier_init(uint64_t *barrier, int arrivals) { *(EmuBarrier *)barrier = {EMU_BARRIER_MADE, 0, (unsigned)arrivals, (unsigned)arrivals, 0}; }
 static inline void emu_barrier_end_phase(EmuBarrier *b) {
     if (b->missing || b->bytes) return;
     b->phase ^= 1;
