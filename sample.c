@@ -1152,9 +1152,10 @@ __device__ static inline int fetch_fresh(bf16 *ring, const WarpKeys *x) {
     return 0;
 }
 
-// q (heads,D) as the left factor of all warps, by way of shared memory (MMA_ROWS,D).
+// q (heads,D), of heads g0 and on of a list, as the left factor of all warps, by way of shared memory (MMA_ROWS,D).
 template <int D>
-__device__ static inline void read_queries(unsigned (*qs)[4], uint4 *memory, const float *q, int heads) {
+__device__ static inline void read_queries(unsigned (*qs)[4], uint4 *memory, const AttendCall *a, int list, int g0, int heads) {
+    const float *q = a->q + list / a->s.KV * a->q_row + (list % a->s.KV * a->s.G + g0) * D;
     bf16 *queries = (bf16 *)memory;
     __syncthreads();        // the ones before have been read
     for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
@@ -1278,7 +1279,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_k
     const int late = fetch_fresh<D, DV>(ring, &keys);
     unsigned qs[D / 16][4];
     WarpSums<DV> y;
-    read_queries<D>(qs, queries, a.q + list / s->KV * a.q_row + (list % s->KV * G + g0) * D, heads);
+    read_queries<D>(qs, queries, &a, list, g0, heads);
     if (late) cp_async_wait<0>();
     attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
     put_sums<D, DV>(&sums, (float *)fast_shared, &y);
@@ -1420,7 +1421,6 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
     const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = gridDim.y, warp = threadIdx.x / WARP;
     const int first_window = DECODE_WARPS - window_warps(of), in_window = warp >= first_window;
     const int row = (int)score_row(a.cache.branch[CMP].slots);
-    const float *q = a.q + list / s->KV * a.q_row + list % s->KV * G * D;
     float *outs = (float *)fast_shared, *scores = a.scores + (int64_t)list * G * row;
     bf16 *ring = (bf16 *)fast_shared + warp * KeyRing<D, DV>::NUMBERS;
     unsigned qs[D / 16][4];
@@ -1435,7 +1435,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
     for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
         const int heads = min32(MMA_ROWS, G - g0);
         const int64_t head0 = (int64_t)list * G + g0;
-        read_queries<D>(qs, queries, q + g0 * D, heads);
+        read_queries<D>(qs, queries, &a, list, g0, heads);
         if (g0 > 0) {           // the same keys once more
             keys.fresh = -1;
             fetch_first<D, DV>(ring, &keys);
@@ -1474,7 +1474,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
     keys = warp_keys<D, DV>(&a, SLC, list, warp * team + member, DECODE_WARPS * team, chosen);
     for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
         const int heads = min32(MMA_ROWS, G - g0);
-        if (G > MMA_ROWS) read_queries<D>(qs, queries, q + g0 * D, heads);
+        if (G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
         fetch_first<D, DV>(ring, &keys);
         attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
         put_sums<D, DV>(&sums, outs, &y);
