@@ -376,8 +376,9 @@ void decode_token(Decoder *d, const int *tokens) {
 //     attention            a share of the keys, for the heads that have them in common; merge_kernel puts the shares together
 //     selection            which blocks the selection branch reads, from the scores of the compressed branch
 //
-// Weights and caches are F, float or bf16 (--dtype); everything else, the residual stream too, is f32. Attention and selection come in two
-// tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (fast_decode).
+// Weights and caches are F, float or bf16 (--dtype); everything else, the residual stream too, is f32. Attention, selection and compression
+// come in two tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (fast_decode), of which
+// one does all of a layer's sparse attention.
 //
 // Nothing is added by atomics, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
 
@@ -411,14 +412,16 @@ typedef struct Working {
     int64_t least_free_bytes;       // since then
     int fast;                       // the tier
     int splits;                     // the most shares of a launch's keys
+    int team;                       // blocks of threads that the fast tier has for each list of sparse attention
     void *memory;                   // of all that follows, on the GPU
     Input *device_input;
     double *frequency;              // (D/2) RoPE: what a pair turns by from one position to the next
     float *angles;                  // (2,D): RoPE of this token, and of the first token of the block it completes
     float *x, *mid;                 // (rows,C) residual stream before and behind attention
     float *wide, *gates;            // (rows,wide), (rows,H,3)
-    float *flat[2], *hidden[2];     // (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
-    float *scores, *importance;     // (rows,H,slots) of the compressed branch, (rows,KV,blocks)
+    void *flat[2], *hidden[2];      // F (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
+    float *scores;                  // (rows,H,score_row) of the compressed branch
+    float *importance;              // (rows,KV,blocks); this and the choice only by the simple tier
     int *block_idx;                 // (rows,KV,n)
     Shares parts;
     float *attention;               // (rows,H,Dv)
@@ -441,40 +444,73 @@ static DecodeShape decode_shape(const Decoder *d, int layer) {
 // ----------------------------------------------------------------------------
 // Launches. These kernels are so short that setting up the next one takes as long as running this one. From sm_90 on the two overlap
 // (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun, and they wait where they
-// first touch what others write. Each kernel waits before it does anything else, even return: so all that came before it is done.
+// first touch what others write. Each kernel waits, even before it returns: so all that came before it is done. What may be read before is
+// what the kernels of this token do not write: weights, the input, older tokens' keys.
+//
+// On the same GPUs the blocks of threads of a cluster run at the same time and can wait for each other: a team. Elsewhere a team is one block.
 
 #ifdef CUDA_ON_CPU
+static inline void let_next_come(void) {}
 static inline void wait_for_previous(void) {}
+static inline void team_barrier(void) { emu_cluster_barrier(); }
 static inline void prefetch(const void *) {}
+static inline void cp_async_16_once(void *to, const void *from, int filled) { cp_async_16(to, from, filled); }
 #else
-__device__ static inline void wait_for_previous(void) {
+__device__ static inline void let_next_come(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ static inline void wait_for_previous(void) {
+    let_next_come();
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// As __syncthreads for all blocks of a team: what a thread wrote before, to global memory too, the others see behind it.
+__device__ static inline void team_barrier(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
 #endif
 }
 // Into the L2 cache: for weights, which nobody writes, before the wait.
 __device__ static inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// As cp_async_16, for what is read once: it is the first to leave the L2 cache, where the scores must stay until all keys have been read.
+__device__ static inline void cp_async_16_once(void *to, const void *from, int filled) {
+    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n\t"
+                 "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;}" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
+}
 #endif
 
-template <typename... Parameters, typename... Arguments>
-static void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks, int64_t threads, int64_t shared, Arguments... arguments) {
-#ifdef CUDA_ON_CPU
-    kernel<<<blocks, (unsigned)threads, (size_t)shared, stream>>>(arguments...);
-#else
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+// Teams are of so many neighbours along y.
+static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], cudaStream_t stream, dim3 blocks, int64_t threads, int64_t shared, int team) {
     cudaLaunchConfig_t config = {};
     config.gridDim = blocks;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = (size_t)shared;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = gpu.major >= 9;
+    config.attrs = attributes;
+    if (gpu.major < 9) return config;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, (unsigned)team, 1};
+    config.numAttrs = team > 1 ? 2 : 1;
+    return config;
+}
+
+template <typename... Parameters, typename... Arguments>
+static void launch_teams(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks, int64_t threads, int64_t shared, int team, Arguments... arguments) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config(attributes, stream, blocks, threads, shared, team);
     CUDA(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...));
-#endif
     LAUNCHED();
+}
+template <typename... Parameters, typename... Arguments>
+static void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks, int64_t threads, int64_t shared, Arguments... arguments) {
+    launch_teams(stream, kernel, blocks, threads, shared, 1, arguments...);
 }
 
 // ----------------------------------------------------------------------------
@@ -500,8 +536,8 @@ __device__ static inline void read_numbers(float *to, const X *x, int64_t left, 
 }
 
 // A warp: dot[r] = Σ_j weight[j]·norm[j]·x[r,j], and with norm square[r] = Σ_j x[r,j]², for `rows` <= ROWS rows of x.
-template <int ROWS, typename F>
-__device__ static inline void warp_dots(float *dot, float *square, const F *weight, const float *norm, const float *x, int rows, int64_t c) {
+template <int ROWS, typename F, typename X>
+__device__ static inline void warp_dots(float *dot, float *square, const F *weight, const float *norm, const X *x, int rows, int64_t c) {
     constexpr int N = pack_size<F>;
     const int aligned = c % N == 0 && ((uintptr_t)weight | (uintptr_t)norm | (uintptr_t)x) % 16 == 0;
     for (int r = 0; r < ROWS; r++) dot[r] = square[r] = 0;
@@ -661,7 +697,7 @@ __global__ void token_kernel(TokenCall a) {
 // maps: member m of a set is row m, or with one set for all KV heads (row, kv) = (m / KV, m % KV).
 template <typename F>
 struct CompressStep {
-    float *flat[2], *hidden[2];         // of k and of v: (sets,members,l·D), (sets,members,2D)
+    F *flat[2], *hidden[2];             // of k and of v: (sets,members,l·D), (sets,members,2D); rounded as in training
     const float *angles;
     const Input *input;
     LayerCache cache;
@@ -679,7 +715,7 @@ __global__ void flatten_kernel(CompressStep<F> a) {
     const int64_t set = place / a.members, m = place % a.members, row = a.sets > 1 ? m : m / a.KV, kv = a.sets > 1 ? set : m % a.KV;
     const int64_t at = row * a.block + (first + i / D) % a.block;
     const float *pos = a.weights[v].pos;
-    a.flat[v][place * a.block * D + i] = (float)((const F *)a.cache.tail[v])[(at * a.KV + kv) * D + i % D] + (pos ? pos[i] : 0);
+    a.flat[v][place * a.block * D + i] = (F)((float)((const F *)a.cache.tail[v])[(at * a.KV + kv) * D + i % D] + (pos ? pos[i] : 0));
 }
 
 // A warp an output, for all members of a set.
@@ -696,7 +732,7 @@ __global__ void hidden_kernel(CompressStep<F> a) {
         float y[LINEAR_ROWS], unused[LINEAR_ROWS];
         warp_dots<LINEAR_ROWS>(y, unused, a.matrices[v].fc1 + output * LD, NULL, a.flat[v] + place * LD, rows, LD);
         for (int r = 0; r < LINEAR_ROWS; r++)
-            if (r < rows && lane() == 0) a.hidden[v][(place + r) * 2 * D + u] = gelu(y[r] + bias);
+            if (r < rows && lane() == 0) a.hidden[v][(place + r) * 2 * D + u] = (F)gelu(y[r] + bias);
     }
 }
 
@@ -708,7 +744,7 @@ __device__ static inline void compressed_channel(float *y, const CompressStep<F>
     if (a->kind == COMPRESS_AVGPOOL) {
         for (int r = 0; r < rows; r++) {
             float sum = 0;
-            for (int j = lane(); j < a->block; j += WARP) sum += a->flat[v][(place + r) * LD + j * D + c];
+            for (int j = lane(); j < a->block; j += WARP) sum += (float)a->flat[v][(place + r) * LD + j * D + c];
             y[r] = warp_sum(sum) / (float)a->block;
         }
         return;
@@ -719,29 +755,33 @@ __device__ static inline void compressed_channel(float *y, const CompressStep<F>
     for (int r = 0; r < rows; r++) y[r] += conv ? a->weights[v].conv_bias[output] : a->weights[v].fc2_bias[output];
 }
 
-// A warp makes the two channels that RoPE turns together, for all members of a set; a key turns, a value does not.
+// Channels c and, if there are both, c + D / 2 of a member's compressed block, y and z, go into the cache: a key turns by RoPE, a value does not.
+template <typename F>
+__device__ static inline void cache_compressed(const CompressStep<F> *a, int v, int set, int m, int c, int both, float y, float z) {
+    const int D = a->width[v], half = (D + 1) / 2;
+    const int64_t list = a->sets > 1 ? (int64_t)m * a->KV + set : m, slot = a->input->of[CMP].keys - 1;
+    const float cosine = v ? 1 : a->angles[D + c], sine = v ? 0 : a->angles[D + half + c];
+    F *to = (F *)(v ? a->cache.branch[CMP].v : a->cache.branch[CMP].k) + (list * a->cache.branch[CMP].slots + slot) * D;
+    to[c] = (F)(y * cosine - z * sine);
+    if (both) to[c + half] = (F)(z * cosine + y * sine);
+}
+
+// A warp makes the two channels that RoPE turns together, for all members of a set.
 template <typename F>
 __global__ void output_kernel(CompressStep<F> a) {
     wait_for_previous();
     const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], half = (D + 1) / 2;
-    const int64_t c = global_warp(), slots = a.cache.branch[CMP].slots, slot = a.input->of[CMP].keys - 1;
+    const int64_t c = global_warp();
     if (c >= half) return;
     const int both = c + half < D;
-    const float cosine = v ? 1 : a.angles[D + c], sine = v ? 0 : a.angles[D + half + c];
-    F *cache = (F *)(v ? a.cache.branch[CMP].v : a.cache.branch[CMP].k);
     for (int m = 0; m < a.members; m += LINEAR_ROWS) {
         const int64_t place = (int64_t)set * a.members + m;
         const int rows = (int)min64(LINEAR_ROWS, a.members - m);
         float y[LINEAR_ROWS], z[LINEAR_ROWS] = {0};
         compressed_channel(y, &a, v, set, c, place, rows);
         if (both) compressed_channel(z, &a, v, set, c + half, place, rows);
-        for (int r = 0; r < LINEAR_ROWS; r++) {
-            if (r >= rows || lane() > 0) continue;
-            const int64_t list = a.sets > 1 ? (int64_t)(m + r) * a.KV + set : m + r;
-            F *to = cache + (list * slots + slot) * D;
-            to[c] = (F)(y[r] * cosine - z[r] * sine);
-            if (both) to[c + half] = (F)(z[r] * cosine + y[r] * sine);
-        }
+        for (int r = 0; r < LINEAR_ROWS; r++)
+            if (r < rows && lane() == 0) cache_compressed(&a, v, set, m + r, (int)c, both, y[r], z[r]);
     }
 }
 
@@ -751,6 +791,9 @@ __global__ void output_kernel(CompressStep<F> a) {
 
 enum { HEADS = 16, FOUR = 4, ATTEND_WARPS = HEADS / FOUR, HEADS_ROW = HEADS + FOUR, MOST_SPLITS = 128 };     // a row of 20 spares the banks
 enum { MERGE_THREADS = 512 };
+
+// The scores of a head: rows that can be read and written by fours.
+DEVICE static inline int64_t score_row(int64_t slots) { return (slots + FOUR - 1) / FOUR * FOUR; }
 
 // Where the shares of a head stand, one for each split. head = (row·KV + kv)·G + g, which is row·H + h.
 __device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return ((int64_t)branch * s->rows * s->H + head) * s->splits; }
@@ -768,11 +811,11 @@ typedef struct AttendCall {
     int64_t q_row;
     const Input *input;
     LayerCache cache;
-    const int *block_idx;       // of the simple tier; the fast one chooses from
-    const float *importance;    // (rows,KV,most_blocks)
-    int64_t most_blocks;
-    float *scores;              // (rows,H,slots), for the compressed branch
+    const int *block_idx;       // of the simple tier
+    float *scores;              // (rows,H,score_row), for the compressed branch
     Shares parts;
+    const float *gates;         // (rows,H,3)
+    float *out;                 // (rows,H,Dv), of the fast tier's sparse attention, which merges for itself
     DecodeShape s;
     int lists[2];               // the kinds of the lists to read; the second one may be NO_LIST
 } AttendCall;
@@ -807,7 +850,7 @@ __global__ void attend_kernel(AttendCall a) {
         const KeyCache *cache = &a.cache.branch[branch];
         const F *k = (const F *)cache->k + list * cache->slots * D, *v = (const F *)cache->v + list * cache->slots * Dv;
         const int *idx = kind == SLC ? a.block_idx + list * s->select.n : NULL;
-        float *scores = kind == CMP ? a.scores + (list * G + g0) * cache->slots : NULL;
+        float *scores = kind == CMP ? a.scores + (list * G + g0) * score_row(cache->slots) : NULL;
         for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
         if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
 
@@ -831,7 +874,7 @@ __global__ void attend_kernel(AttendCall a) {
                 const float score = lane() < count ? y[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
                 const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
                 p[lane() * HEADS_ROW + g] = weight;
-                if (scores && lane() < count) scores[g * cache->slots + k0 + lane()] = score;
+                if (scores && lane() < count) scores[g * score_row(cache->slots) + k0 + lane()] = score;
                 __syncwarp();       // all have read top
                 if (lane() > 0) continue;
                 top[g] = higher;
@@ -946,11 +989,11 @@ __device__ static inline void group_lse(float *lse, const Shares *parts, const D
     __syncthreads();
 }
 
-// Eq. 10: the weight of a compressed block for all heads of a group, from their scores, `slots` apart.
-__device__ static inline float group_weight(const float *scores, int64_t slots, const float *lse, int G) {
+// Eq. 10: the weight of a compressed block for all heads of a group, from their scores, `row` apart.
+__device__ static inline float group_weight(const float *scores, int64_t row, const float *lse, int G) {
     float sum = 0;
     #pragma unroll 16
-    for (int g = 0; g < G; g++) sum += expf(scores[g * slots] - lse[g]);
+    for (int g = 0; g < G; g++) sum += expf(scores[g * row] - lse[g]);
     return sum;
 }
 
@@ -960,10 +1003,10 @@ __device__ static inline Choice choice_from(const float *weights, int visible, c
     return x;
 }
 
-// idx (rows,KV,n) from the scores (rows,H,slots) of the compressed branch: a block of threads a list. As select_blocks_kernel does
+// idx (rows,KV,n) from the scores (rows,H,row) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
-__global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, float *scores, int64_t slots, float *importance, int64_t most_blocks, Shares parts, const Input *input, DecodeShape s) {
+__global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, float *scores, int64_t row, float *importance, int64_t most_blocks, Shares parts, const Input *input, DecodeShape s) {
     extern __shared__ float lse[];      // (G)
     __shared__ int counts[2][WARP];
     wait_for_previous();
@@ -976,8 +1019,8 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
         return;
     }
     group_lse(lse, &parts, &s, list, &input->of[CMP]);
-    float *weights = scores + list * s.G * slots, *score = importance + list * most_blocks;      // in the place of the first head's scores
-    for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, slots, lse, s.G);
+    float *weights = scores + list * s.G * row, *score = importance + list * most_blocks;      // in the place of the first head's scores
+    for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, row, lse, s.G);
     __syncthreads();
     const Choice choice = choice_from(weights, visible, sel);
     for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, (int)j);
@@ -1014,12 +1057,9 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 // The fast tier: bf16 on tensor cores, for the heads that training's fast attention takes. What counts is to read the keys and values
 // once, at the speed of the memory: every warp keeps tiles of its own on their way (cp.async), so that no warp waits for another until
 // the end of the share, and one tile serves up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero).
-//
-// The choice itself has no launch of its own: importance_kernel spreads the sums over heads and compressed blocks, and then each block of
-// threads of the selection branch ranks its list's blocks for itself, which is quicker than to wait for one that does it for all.
 
-enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP };
-enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS };
+enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, MOST_TEAM = 16 };
+enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 
 // A warp's ring of tiles in shared memory, keys (TILE_KEYS,D) and values (TILE_KEYS,DV) each, and the rings of a block. OUT_ROW: of the
 // warps' sums (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
@@ -1030,22 +1070,220 @@ struct KeyRing {
     static_assert(DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float) <= BYTES, "the sums take the rings' place");
 };
 
-static int64_t ring_bytes(const Config *c) { return c->head_dim == 64 ? KeyRing<64, 64>::BYTES : c->head_dim == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
+static int64_t ring_bytes(int D) { return D == 64 ? KeyRing<64, 64>::BYTES : D == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
+static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
 
-// Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, and is
-// not so long that the candidates for its choice do not fit where the rings stand.
-static int fast_decode(const Config *c, int64_t capacity) {
-    const int64_t candidates = has_nsa(c) ? capacity / c->sel_block / CHOICE_GROUPS + 1 : 0;        // of a group
-    return fast_model(c) && (!has_nsa(c) || c->sel_blocks <= CHOICE_GROUPS) && c->sel_blocks * candidates * (int64_t)sizeof(uint64_t) <= ring_bytes(c);
+// What choose_quickly has in the rings' place: its list of candidates, the importance of all blocks, and weights of the compressed blocks that
+// touch so many selection blocks.
+DEVICE static inline int choice_listed(int n, int64_t blocks) { return n * (int)(blocks / CHOICE_GROUPS + 1); }
+DEVICE static inline int choice_blocks(const SelectShape *sel) { return max32(1, CHOICE_WEIGHTS / (sel->sel_block / sel->cmp_stride)); }
+static int64_t choice_bytes(const SelectShape *sel, int64_t blocks) {
+    const int64_t weights = choice_blocks(sel) * (int64_t)(sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride;
+    return choice_listed(sel->n, blocks) * (int64_t)sizeof(uint64_t) + (blocks + weights) * (int64_t)sizeof(float);
 }
 
-// importance (rows,KV,blocks) of the selection blocks from the compressed branch's scores (rows,H,slots): a block of threads takes so many
-// selection blocks that it has about a compressed one for each thread. grid: list, selection blocks
-static int importance_blocks(const SelectShape *sel) { return (int)max64(1, THREADS / (sel->sel_block / sel->cmp_stride)); }
-DEVICE static inline int64_t importance_lse(const DecodeShape *s) { return (s->G + 3) / 4 * 4; }    // loads of four numbers stay off the weights behind them
-static int64_t importance_bytes(const DecodeShape *s) {
-    const SelectShape *sel = &s->select;
-    return (importance_lse(s) + importance_blocks(sel) * (sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride) * (int64_t)sizeof(float);
+// Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, is not so
+// long that what is needed for its choice does not fit where the rings stand, nor what the sum of the branches needs for each head.
+static int fast_decode(const Config *c, int64_t capacity) {
+    if (!fast_model(c) || !has_nsa(c)) return fast_model(c);
+    const SelectShape sel = select_shape(c);
+    const int64_t factors = (int64_t)(c->num_attention_heads / c->num_key_value_heads) * BRANCHES * MOST_TEAM * (int64_t)sizeof(float), room = ring_bytes(c->head_dim);
+    return sel.n <= CHOICE_GROUPS && choice_bytes(&sel, most_selection_blocks(c, capacity)) <= room && factors <= room;
+}
+
+// The keys of a list that a warp goes through in tiles: `first`, first + step, ..., those before `end`.
+typedef struct WarpKeys {
+    const bf16 *k, *v;
+    int first, step, end;
+    int fresh;              // the key that this token has brought, or -1: none
+    const int *idx;         // or NULL: the blocks of `block` slots in which the keys lie
+    int block;
+} WarpKeys;
+
+// Those of the member-th of `members` warps that have the tiles dealt out among them.
+template <int D, int DV>
+__device__ static inline WarpKeys warp_keys(const AttendCall *a, int kind, int64_t list, int member, int members, const int *idx) {
+    const KeyCache *cache = &a->cache.branch[branch_of(kind)];
+    const int keys = a->input->of[kind].keys, fresh = kind == SLC ? -1 : kind == WIN ? (int)(a->input->position % cache->slots) : keys - 1;
+    const WarpKeys x = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
+                        member * TILE_KEYS, members * TILE_KEYS, keys, fresh, idx, a->s.select.sel_block};
+    return x;
+}
+
+// Keys k0 and on, those that there are, and their values, into a warp's tile.
+template <int D, int DV>
+__device__ static inline void fetch_keys(bf16 *tile, const WarpKeys *x, int k0) {
+    const int key = k0 + lane() % TILE_KEYS;
+    const int slot = key >= x->end ? 0 : x->idx ? x->idx[key / x->block] * x->block + key % x->block : key;
+    #pragma unroll
+    for (int n = 0; n < TILE_KEYS * (D / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (D / 8), chunk = (n * WARP + lane()) % (D / 8);
+        cp_async_16_once(chunk_of<D>(tile, row, chunk), x->k + (int64_t)__shfl_sync(~0u, slot, row) * D + chunk * 8, k0 + row < x->end ? 16 : 0);
+    }
+    #pragma unroll
+    for (int n = 0; n < TILE_KEYS * (DV / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (DV / 8), chunk = (n * WARP + lane()) % (DV / 8);
+        cp_async_16_once(chunk_of<DV>(tile + TILE_KEYS * D, row, chunk), x->v + (int64_t)__shfl_sync(~0u, slot, row) * DV + chunk * 8, k0 + row < x->end ? 16 : 0);
+    }
+}
+
+// The first tiles of a ring, but for the one with this token's key: that may be done before others have written it.
+__device__ static inline int is_fresh(const WarpKeys *x, int k0) { return k0 <= x->fresh && x->fresh < k0 + TILE_KEYS; }
+template <int D, int DV>
+__device__ static inline void fetch_first(bf16 *ring, const WarpKeys *x) {
+    typedef KeyRing<D, DV> R;
+    for (int i = 0; i < R::STAGES - 1; i++) {
+        const int k0 = x->first + i * x->step;
+        if (k0 < x->end && !is_fresh(x, k0)) fetch_keys<D, DV>(ring + i * R::STAGE, x, k0);
+        cp_async_commit();
+    }
+}
+// That one behind the wait. 1: it is on its way, last of all, and must be waited for before the ring goes round.
+template <int D, int DV>
+__device__ static inline int fetch_fresh(bf16 *ring, const WarpKeys *x) {
+    typedef KeyRing<D, DV> R;
+    for (int i = 0; i < R::STAGES - 1; i++) {
+        const int k0 = x->first + i * x->step;
+        if (k0 >= x->end || !is_fresh(x, k0)) continue;
+        fetch_keys<D, DV>(ring + i * R::STAGE, x, k0);
+        cp_async_commit();
+        return 1;
+    }
+    return 0;
+}
+
+// q (heads,D), of heads g0 and on of a list, as the left factor of all warps, by way of shared memory (MMA_ROWS,D).
+template <int D>
+__device__ static inline void read_queries(unsigned (*qs)[4], uint4 *memory, const AttendCall *a, int list, int g0, int heads) {
+    const float *q = a->q + list / a->s.KV * a->q_row + (list % a->s.KV * a->s.G + g0) * D;
+    bf16 *queries = (bf16 *)memory;
+    __syncthreads();        // the ones before have been read
+    for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
+        chunk_of<D>(queries, i / D, i % D / 8)[i % 8] = i / D < heads ? __float2bfloat16_rn(q[i]) : __float2bfloat16_rn(0);
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < D / 16; i++) ldmatrix_x4(qs[i], chunk_of<D>(queries, lane() % MMA_ROWS, i * 2 + lane() / MMA_ROWS));
+}
+
+// A warp's sums, of rows lane / 4 and 8 more; top in units of log2.
+template <int DV> struct WarpSums { float o[DV / 8][4], top[2], sum[2]; };
+
+// A warp goes through its keys, of which fetch_first has asked for the first ones. scores: or NULL, (heads,row).
+template <int D, int DV>
+__device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const WarpKeys *x, const unsigned (*qs)[4], float *scores, int row, int heads) {
+    typedef KeyRing<D, DV> R;
+    const int low = lane() / 4, pair = lane() % 4 * 2;
+    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    #pragma unroll
+    for (int c = 0; c < DV / 8; c++)
+        for (int e = 0; e < 4; e++) y->o[c][e] = 0;
+    for (int i = 0; i < 2; i++) y->top[i] = -INFINITY, y->sum[i] = 0;
+    for (int k0 = x->first, stage = 0; k0 < x->end; k0 += x->step, stage = (stage + 1) % R::STAGES) {
+        const int ahead = k0 + (R::STAGES - 1) * x->step;
+        bf16 *tile = ring + stage * R::STAGE;
+        if (ahead < x->end) fetch_keys<D, DV>(ring + (stage + R::STAGES - 1) % R::STAGES * R::STAGE, x, ahead);
+        cp_async_commit();
+        cp_async_wait<R::STAGES - 1>();
+        __syncwarp();
+        float p[TILE_KEYS / 8][4] = {{0}};
+        times_turned<D, TILE_KEYS / 8>(p, qs, tile, 0);
+        #pragma unroll
+        for (int i = 0; i < TILE_KEYS / 8; i++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
+                if (scores && e % 2 == 0 && key < x->end && head < heads) *(float2 *)(scores + (int64_t)head * row + key) = make_float2(p[i][e] * scale, p[i][e + 1] * scale);
+                p[i][e] = key < x->end ? p[i][e] * scale2 : -INFINITY;
+            }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float higher = y->top[i], more = 0;
+            for (int e = 0; e < TILE_KEYS / 8; e++) higher = fmaxf(higher, fmaxf(p[e][i * 2], p[e][i * 2 + 1]));
+            higher = quad_max(higher);
+            const float shrink = power_of_2(y->top[i] - higher);
+            #pragma unroll
+            for (int e = 0; e < TILE_KEYS / 8; e++) {
+                p[e][i * 2] = power_of_2(p[e][i * 2] - higher);
+                p[e][i * 2 + 1] = power_of_2(p[e][i * 2 + 1] - higher);
+                more += p[e][i * 2] + p[e][i * 2 + 1];
+            }
+            y->sum[i] = y->sum[i] * shrink + more;
+            y->top[i] = higher;
+            #pragma unroll
+            for (int c = 0; c < DV / 8; c++) y->o[c][i * 2] *= shrink, y->o[c][i * 2 + 1] *= shrink;
+        }
+        unsigned weights[4];
+        as_left_factor(weights, p);
+        times_rows<DV>(y->o, weights, tile + TILE_KEYS * D, 0);
+        __syncwarp();
+    }
+}
+
+// What the warps of a block have summed up, their outs aside.
+typedef struct BlockSums { float top[DECODE_WARPS][MMA_ROWS], sum[DECODE_WARPS][MMA_ROWS]; } BlockSums;
+
+// All warps' sums into shared memory, outs where the rings stood.
+template <int D, int DV>
+__device__ static inline void put_sums(BlockSums *sums, float *outs, const WarpSums<DV> *y) {
+    const int warp = threadIdx.x / WARP, low = lane() / 4, pair = lane() % 4 * 2;
+    __syncthreads();
+    for (int i = 0; i < 2; i++) {
+        const float total = quad_sum(y->sum[i]);
+        if (lane() % 4 == 0) sums->top[warp][low + i * 8] = y->top[i], sums->sum[warp][low + i * 8] = total;
+        float *to = outs + (warp * MMA_ROWS + low + i * 8) * KeyRing<D, DV>::OUT_ROW + pair;
+        #pragma unroll
+        for (int c = 0; c < DV / 8; c++) *(float2 *)(to + c * 8) = make_float2(y->o[c][i * 2], y->o[c][i * 2 + 1]);
+    }
+    __syncthreads();
+}
+
+// The sums of warps w0 .. w1-1, of which one had keys, become the block's share of a branch; a warp that had no tile weighs nothing.
+template <int D, int DV>
+__device__ static inline void write_share(const AttendCall *a, int branch, int64_t head0, int heads, int share, const BlockSums *sums, const float *outs, int w0, int w1) {
+    for (int i = threadIdx.x; i < heads * (DV / 4); i += DECODE_THREADS) {
+        const int head = i / (DV / 4), c = i % (DV / 4) * 4;
+        const int64_t part = parts_of(&a->s, branch, head0 + head) + share;
+        float highest = -INFINITY, total = 0;
+        for (int w = w0; w < w1; w++) highest = fmaxf(highest, sums->top[w][head]);
+        float4 y = make_float4(0, 0, 0, 0);
+        #pragma unroll
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            if (w < w0 || w >= w1) continue;
+            const float factor = power_of_2(sums->top[w][head] - highest);
+            const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + head) * KeyRing<D, DV>::OUT_ROW + c);
+            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+            total += factor * sums->sum[w][head];
+        }
+        *(float4 *)(a->parts.out + part * DV + c) = y;
+        if (c == 0) a->parts.top[part] = highest * (1 / LOG2E), a->parts.sum[part] = total;
+    }
+}
+
+// Dense attention. grid: (row, kv, group of heads), split
+template <int D, int DV>
+__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_kernel(AttendCall a) {
+    extern __shared__ uint4 fast_shared[];
+    __shared__ BlockSums sums;
+    __shared__ uint4 queries[MMA_ROWS * D / 8];
+    const DecodeShape *s = &a.s;
+    const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
+    const Stretch stretch = stretch_of(&a.input->of[CACHE_FULL], blockIdx.y);
+    bf16 *ring = (bf16 *)fast_shared + threadIdx.x / WARP * KeyRing<D, DV>::NUMBERS;
+    WarpKeys keys = warp_keys<D, DV>(&a, CACHE_FULL, list, threadIdx.x / WARP, DECODE_WARPS, NULL);
+    keys.first += stretch.from;
+    keys.end = stretch.to;
+    let_next_come();
+    fetch_first<D, DV>(ring, &keys);
+    wait_for_previous();
+    if (stretch.from >= stretch.to) return;
+    const int late = fetch_fresh<D, DV>(ring, &keys);
+    unsigned qs[D / 16][4];
+    WarpSums<DV> y;
+    read_queries<D>(qs, queries, &a, list, g0, heads);
+    if (late) cp_async_wait<0>();
+    attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
+    put_sums<D, DV>(&sums, (float *)fast_shared, &y);
+    write_share<D, DV>(&a, 0, (int64_t)list * G + g0, heads, blockIdx.y, &sums, (const float *)fast_shared, 0, DECODE_WARPS);
 }
 
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
@@ -1055,42 +1293,35 @@ __device__ static inline Stretch touching(int j0, int j1, int visible, const Sel
     return x;
 }
 
-__global__ void importance_kernel(float *importance, const float *scores, int64_t slots, int most_blocks, int blocks_each, Shares parts, const Input *input, DecodeShape s) {
-    extern __shared__ float shared[];       // log-sum-exps of the heads, then weights of compressed blocks
-    wait_for_previous();
-    const SelectShape *sel = &s.select;
-    const int visible = input->of[CMP].keys, blocks = (int)input->position / sel->sel_block + 1, j0 = blockIdx.y * blocks_each, j1 = min32(j0 + blocks_each, blocks);
-    const int64_t list = blockIdx.x;
-    if (blocks <= sel->n || j0 >= blocks) return;
-    float *lse = shared, *weights = lse + importance_lse(&s);
-    const Stretch x = touching(j0, j1, visible, sel);
-    group_lse(lse, &parts, &s, list, &input->of[CMP]);
-    for (int i = x.from + threadIdx.x; i < x.to; i += blockDim.x) weights[i - x.from] = group_weight(scores + list * s.G * slots + i, slots, lse, s.G);
-    __syncthreads();
-    const Choice choice = choice_from(weights - x.from, visible, sel);
-    for (int j = j0 + threadIdx.x; j < j1; j += blockDim.x) importance[list * most_blocks + j] = importance_of(&choice, j);
-}
-
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.
 __device__ static inline uint64_t candidate(int j, float importance) { return (uint64_t)__float_as_uint(importance) << 32 | (uint32_t)~j; }
 __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_t)x; }
 
-// idx (n): the blocks that this token reads, those at the end of the text last. DECODE_THREADS threads; idx and list are shared memory.
-// The candidates are dealt out to groups of threads. At most `places` groups have a best one as high as the places-th of the groups' bests, and
-// nobody else has a candidate to take: these few are ranked against each other.
-__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *importance, const Input *input, const SelectShape *sel) {
+// idx (n): the blocks that this token reads of `blocks`, those at the end of the text last, from the weights of the compressed blocks. DECODE_THREADS
+// threads; idx and memory are shared memory. The candidates are dealt out to groups of threads. At most `places` groups have a best one as high
+// as the places-th of the groups' bests, and nobody else has a candidate to take: these few are ranked against each other.
+__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *weights, int visible, int blocks, const SelectShape *sel) {
     __shared__ uint64_t best[CHOICE_GROUPS], least;
     __shared__ int count;
-    const int blocks = (int)input->position / sel->sel_block + 1, last = blocks - sel->n_local;
-    const int places = sel->n - sel->n_init - sel->n_local, group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS;
-    const int first = sel->n_init + group + member * CHOICE_GROUPS;
+    const int last = blocks - sel->n_local, places = sel->n - sel->n_init - sel->n_local, each = choice_blocks(sel);
+    const int group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS, first = sel->n_init + group + member * CHOICE_GROUPS;
+    float *importance = (float *)(list + choice_listed(sel->n, blocks)), *near = importance + blocks;
     if (blocks <= sel->n) {             // no choice to make
         for (int j = threadIdx.x; j < sel->n; j += DECODE_THREADS) idx[j] = j < blocks ? j : -1;
         __syncthreads();
         return;
     }
+    for (int j0 = sel->n_init; j0 < last; j0 += each) {
+        const int j1 = min32(j0 + each, last);
+        const Stretch x = touching(j0, j1, visible, sel);
+        #pragma unroll 8
+        for (int i = x.from + threadIdx.x; i < x.to; i += DECODE_THREADS) near[i - x.from] = weights[i];
+        __syncthreads();
+        const Choice choice = choice_from(near - x.from, visible, sel);
+        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j] = importance_of(&choice, j);
+        __syncthreads();
+    }
     uint64_t mine = 0;
-    #pragma unroll 4
     for (int j = first; j < last; j += DECODE_THREADS) {
         const uint64_t x = candidate(j, importance[j]);
         if (x > mine) mine = x;
@@ -1124,136 +1355,199 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
     __syncthreads();
 }
 
-// Keys k0 and on of a list, of which those before `end` exist, and their values, into a warp's tile. idx: or NULL, the blocks of `block`
-// slots in which the keys lie.
-template <int D, int DV>
-__device__ static inline void fetch_keys_of(bf16 *tile, const bf16 *k, const bf16 *v, int k0, int end, const int *idx, int block) {
-    const int key = k0 + lane() % TILE_KEYS;
-    const int slot = key >= end ? 0 : idx ? idx[key / block] * block + key % block : key;
+// So many of a block's warps have the window's keys, the others compressed ones: as even as it goes.
+__device__ static inline int window_warps(const Reading *of) {
+    const int window = (of[WIN].keys + TILE_KEYS - 1) / TILE_KEYS, all = window + (of[CMP].keys + TILE_KEYS - 1) / TILE_KEYS;
+    return all == window ? (int)DECODE_WARPS : max32(1, min32((DECODE_WARPS * window + all / 2) / all, DECODE_WARPS - 1));
+}
+
+// What the shares of a head weigh, exp(top - highest top), and Σ weight · sum; returns the highest top.
+__device__ static inline float weigh_shares(float weight[MOST_TEAM], float *total, const Shares *parts, int64_t first, int count) {
+    float sum[MOST_TEAM], highest = -INFINITY;
     #pragma unroll
-    for (int n = 0; n < TILE_KEYS * (D / 8) / WARP; n++) {
-        const int row = (n * WARP + lane()) / (D / 8), chunk = (n * WARP + lane()) % (D / 8);
-        cp_async_16(chunk_of<D>(tile, row, chunk), k + (int64_t)__shfl_sync(~0u, slot, row) * D + chunk * 8, k0 + row < end ? 16 : 0);
+    for (int n = 0; n < MOST_TEAM; n++) weight[n] = n < count ? parts->top[first + n] : -INFINITY, sum[n] = n < count ? parts->sum[first + n] : 0;
+    #pragma unroll
+    for (int n = 0; n < MOST_TEAM; n++) highest = fmaxf(highest, weight[n]);
+    *total = 0;
+    #pragma unroll
+    for (int n = 0; n < MOST_TEAM; n++) {
+        weight[n] = n < count ? expf(weight[n] - highest) : 0;
+        *total += weight[n] * sum[n];
     }
-    #pragma unroll
-    for (int n = 0; n < TILE_KEYS * (DV / 8) / WARP; n++) {
-        const int row = (n * WARP + lane()) / (DV / 8), chunk = (n * WARP + lane()) % (DV / 8);
-        cp_async_16(chunk_of<DV>(tile + TILE_KEYS * D, row, chunk), v + (int64_t)__shfl_sync(~0u, slot, row) * DV + chunk * 8, k0 + row < end ? 16 : 0);
+    return highest;
+}
+
+// A member's slice of out (G,Dv) of a list = Σ_branch gate · attention, from all shares. factor: shared memory (G,BRANCHES,team).
+__device__ static inline void merge_slice(const AttendCall *a, int64_t list, int member, int team, float *factor) {
+    const DecodeShape *s = &a->s;
+    const int numbers = s->G * s->Dv, each = (numbers + team - 1) / team;
+    for (int i = threadIdx.x; i < s->G * BRANCHES; i += DECODE_THREADS) {
+        const int branch = i % BRANCHES, count = a->input->of[branch].splits;
+        const int64_t head = list * s->G + i / BRANCHES;
+        float weight[MOST_TEAM], total;
+        weigh_shares(weight, &total, &a->parts, parts_of(s, branch, head), count);
+        const float gate = a->gates[head * BRANCHES + branch] / total;
+        #pragma unroll
+        for (int n = 0; n < MOST_TEAM; n++)
+            if (n < count) factor[i * team + n] = gate * weight[n];
+    }
+    __syncthreads();
+    for (int i = member * each + threadIdx.x; i < min32(numbers, (member + 1) * each); i += DECODE_THREADS) {
+        const int g = i / s->Dv, c = i % s->Dv;
+        float y = 0;
+        #pragma unroll
+        for (int branch = 0; branch < BRANCHES; branch++) {
+            const float *from = a->parts.out + parts_of(s, branch, list * s->G + g) * s->Dv + c, *factors = factor + (g * BRANCHES + branch) * team;
+            const int count = a->input->of[branch].splits;
+            #pragma unroll
+            for (int n = 0; n < MOST_TEAM; n++)
+                if (n < count) y += factors[n] * from[n * s->Dv];
+        }
+        a->out[list * numbers + i] = y;
     }
 }
 
-// grid: (row, kv, group of heads), split
+// All of a layer's sparse attention. A team has a list: its members share the keys of each branch, and what one has found out the others
+// read from memory behind a barrier of the team. grid: list, member
 template <int D, int DV>
-__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_kernel(AttendCall a) {
-    typedef KeyRing<D, DV> R;
+__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_kernel(AttendCall a) {
     extern __shared__ uint4 fast_shared[];
-    __shared__ float tops[DECODE_WARPS][MMA_ROWS], totals[DECODE_WARPS][MMA_ROWS];
+    __shared__ BlockSums sums;
+    __shared__ uint4 queries[MMA_ROWS * D / 8];
     __shared__ int chosen[CHOICE_GROUPS];
-    __shared__ uint4 query_memory[MMA_ROWS * D / 8];
-    wait_for_previous();
+    let_next_come();
     const DecodeShape *s = &a.s;
-    const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
-    const int warp = threadIdx.x / WARP, low = lane() / 4, pair = lane() % 4 * 2;        // a lane has rows low and low + 8 of a result
-    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
-    bf16 *ring = (bf16 *)fast_shared + warp * R::NUMBERS, *queries = (bf16 *)query_memory;      // (MMA_ROWS,D)
-    float *outs = (float *)fast_shared;
-
-    const float *q = a.q + list / s->KV * a.q_row + (list % s->KV * G + g0) * D;
+    const Reading *of = a.input->of;
+    const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = gridDim.y, warp = threadIdx.x / WARP;
+    const int first_window = DECODE_WARPS - window_warps(of), in_window = warp >= first_window;
+    const int row = (int)score_row(a.cache.branch[CMP].slots);
+    float *outs = (float *)fast_shared, *scores = a.scores + (int64_t)list * G * row;
+    bf16 *ring = (bf16 *)fast_shared + warp * KeyRing<D, DV>::NUMBERS;
     unsigned qs[D / 16][4];
-    int has_queries = 0;
+    WarpSums<DV> y;
 
-    for (int n = 0; n < 2 && a.lists[n] != NO_LIST; n++) {
-        const int kind = a.lists[n], branch = branch_of(kind);
-        const Stretch x = stretch_of(&a.input->of[kind], blockIdx.y);
-        if (x.from >= x.to) continue;
-        const KeyCache *cache = &a.cache.branch[branch];
-        const bf16 *k = (const bf16 *)cache->k + list * cache->slots * D, *v = (const bf16 *)cache->v + list * cache->slots * DV;
-        const int64_t score_row = a.cache.branch[CMP].slots;
-        float *scores = kind == CMP ? a.scores + ((int64_t)list * G + g0) * score_row : NULL;
-        const int *idx = kind == SLC ? chosen : NULL;
-        if (idx) choose_quickly(chosen, (uint64_t *)fast_shared, a.importance + list * a.most_blocks, a.input, &s->select);
+    // The compressed branch and the window
+    WarpKeys keys = in_window ? warp_keys<D, DV>(&a, WIN, list, (warp - first_window) * team + member, (DECODE_WARPS - first_window) * team, NULL)
+                              : warp_keys<D, DV>(&a, CMP, list, warp * team + member, first_window * team, NULL);
+    fetch_first<D, DV>(ring, &keys);
+    wait_for_previous();
+    const int late = fetch_fresh<D, DV>(ring, &keys);
+    for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
+        const int heads = min32(MMA_ROWS, G - g0);
+        const int64_t head0 = (int64_t)list * G + g0;
+        read_queries<D>(qs, queries, &a, list, g0, heads);
+        if (g0 > 0) {           // the same keys once more
+            keys.fresh = -1;
+            fetch_first<D, DV>(ring, &keys);
+        } else if (late) cp_async_wait<0>();
+        attend_keys<D, DV>(&y, ring, &keys, qs, in_window ? NULL : scores + (int64_t)g0 * row, row, heads);
+        put_sums<D, DV>(&sums, outs, &y);
+        if (member < of[CMP].splits) write_share<D, DV>(&a, CMP, head0, heads, member, &sums, outs, 0, first_window);
+        if (member < of[WIN].splits) write_share<D, DV>(&a, WIN, head0, heads, member, &sums, outs, first_window, DECODE_WARPS);
+    }
 
-        float o[DV / 8][4] = {{0}}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};       // top in units of log2
-        const int first = x.from + warp * TILE_KEYS, step = DECODE_WARPS * TILE_KEYS;
-        for (int i = 0; i < R::STAGES - 1; i++) {
-            if (first + i * step < x.to) fetch_keys_of<D, DV>(ring + i * R::STAGE, k, v, first + i * step, x.to, idx, s->select.sel_block);
-            cp_async_commit();
-        }
-        if (!has_queries) {     // while the first keys are on their way
-            for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
-                chunk_of<D>(queries, i / D, i % D / 8)[i % 8] = i / D < heads ? __float2bfloat16_rn(q[i]) : __float2bfloat16_rn(0);
-            __syncthreads();
-            #pragma unroll
-            for (int i = 0; i < D / 16; i++) ldmatrix_x4(qs[i], chunk_of<D>(queries, lane() % MMA_ROWS, i * 2 + lane() / MMA_ROWS));
-            has_queries = 1;
-        }
-        for (int k0 = first, stage = 0; k0 < x.to; k0 += step, stage = (stage + 1) % R::STAGES) {
-            const int ahead = k0 + (R::STAGES - 1) * step;
-            bf16 *tile = ring + stage * R::STAGE;
-            if (ahead < x.to) fetch_keys_of<D, DV>(ring + (stage + R::STAGES - 1) % R::STAGES * R::STAGE, k, v, ahead, x.to, idx, s->select.sel_block);
-            cp_async_commit();
-            cp_async_wait<R::STAGES - 1>();
-            __syncwarp();
-            float p[TILE_KEYS / 8][4] = {{0}};
-            times_turned<D, TILE_KEYS / 8>(p, qs, tile, 0);
-            #pragma unroll
-            for (int i = 0; i < TILE_KEYS / 8; i++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
-                    if (scores && key < x.to && head < heads) scores[head * score_row + key] = p[i][e] * scale;
-                    p[i][e] = key < x.to ? p[i][e] * scale2 : -INFINITY;
-                }
-            #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float higher = top[i], more = 0;
-                for (int e = 0; e < TILE_KEYS / 8; e++) higher = fmaxf(higher, fmaxf(p[e][i * 2], p[e][i * 2 + 1]));
-                higher = quad_max(higher);
-                const float shrink = power_of_2(top[i] - higher);
-                #pragma unroll
-                for (int e = 0; e < TILE_KEYS / 8; e++) {
-                    p[e][i * 2] = power_of_2(p[e][i * 2] - higher);
-                    p[e][i * 2 + 1] = power_of_2(p[e][i * 2 + 1] - higher);
-                    more += p[e][i * 2] + p[e][i * 2 + 1];
-                }
-                sum[i] = sum[i] * shrink + more;
-                top[i] = higher;
-                #pragma unroll
-                for (int c = 0; c < DV / 8; c++) o[c][i * 2] *= shrink, o[c][i * 2 + 1] *= shrink;
-            }
-            unsigned weights[4];
-            as_left_factor(weights, p);
-            times_rows<DV>(o, weights, tile + TILE_KEYS * D, 0);
-            __syncwarp();
-        }
-
-        // The warps' sums become the share's; a warp that had no tile weighs nothing.
-        __syncthreads();
-        for (int i = 0; i < 2; i++) {
-            const float total = quad_sum(sum[i]);
-            if (lane() % 4 == 0) tops[warp][low + i * 8] = top[i], totals[warp][low + i * 8] = total;
-            float *to = outs + (warp * MMA_ROWS + low + i * 8) * R::OUT_ROW + pair;
-            #pragma unroll
-            for (int c = 0; c < DV / 8; c++) *(float2 *)(to + c * 8) = make_float2(o[c][i * 2], o[c][i * 2 + 1]);
+    // The choice. Weights of compressed blocks stand in the place of the first head's scores.
+    const int blocks = (int)a.input->position / s->select.sel_block + 1, visible = of[CMP].keys;
+    if (blocks > s->select.n) {
+        float *lse = (float *)fast_shared;
+        team_barrier();
+        for (int g = threadIdx.x; g < G; g += DECODE_THREADS) {
+            float weight[MOST_TEAM], total;
+            const float top = weigh_shares(weight, &total, &a.parts, parts_of(s, CMP, (int64_t)list * G + g), of[CMP].splits);
+            lse[g] = top + logf(total);
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < heads * (DV / 4); i += DECODE_THREADS) {
-            const int head = i / (DV / 4), c = i % (DV / 4) * 4;
-            const int64_t part = parts_of(s, branch, (int64_t)list * G + g0 + head) + blockIdx.y;
-            float highest = tops[0][head], total = 0;
-            for (int w = 1; w < DECODE_WARPS; w++) highest = fmaxf(highest, tops[w][head]);
-            float4 y = make_float4(0, 0, 0, 0);
-            #pragma unroll
-            for (int w = 0; w < DECODE_WARPS; w++) {
-                const float factor = power_of_2(tops[w][head] - highest);
-                const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + head) * R::OUT_ROW + c);
-                y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
-                total += factor * totals[w][head];
+        for (int i = (member * DECODE_THREADS + threadIdx.x) * FOUR; i < visible; i += team * DECODE_THREADS * FOUR) {
+            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four
+            #pragma unroll 8
+            for (int g = 0; g < G; g++) {
+                const float4 score = *(const float4 *)(scores + (int64_t)g * row + i);
+                sum = make_float4(sum.x + expf(score.x - lse[g]), sum.y + expf(score.y - lse[g]), sum.z + expf(score.z - lse[g]), sum.w + expf(score.w - lse[g]));
             }
-            *(float4 *)(a.parts.out + part * DV + c) = y;
-            if (c == 0) a.parts.top[part] = highest / LOG2E, a.parts.sum[part] = total;
+            *(float4 *)(scores + i) = sum;
         }
-        __syncthreads();        // before the next list's tiles come
+        team_barrier();
+    }
+    choose_quickly(chosen, (uint64_t *)fast_shared, scores, visible, blocks, &s->select);
+
+    // The selection branch
+    keys = warp_keys<D, DV>(&a, SLC, list, warp * team + member, DECODE_WARPS * team, chosen);
+    for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
+        const int heads = min32(MMA_ROWS, G - g0);
+        if (G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
+        fetch_first<D, DV>(ring, &keys);
+        attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
+        put_sums<D, DV>(&sums, outs, &y);
+        if (member < of[SLC].splits) write_share<D, DV>(&a, SLC, (int64_t)list * G + g0, heads, member, &sums, outs, 0, DECODE_WARPS);
+    }
+    team_barrier();
+    merge_slice(&a, list, member, team, (float *)fast_shared);
+}
+
+// The linear maps of compression: x (members,K) · weight (outputs,K)ᵀ of a set; LAST: into the cache, else into `hidden`. A block of threads has
+// FAST_OUTPUTS of the lower half of the outputs and those that lie half of them further, which RoPE turns together; its warps share K.
+enum { FAST_OUTPUTS = 8, FAST_MEMBERS = 64, FAST_STEP = 32 };
+
+// Eight numbers; weights need not be aligned.
+__device__ static inline uint4 eight_of(const bf16 *x, int aligned) {
+    if (aligned) return *(const uint4 *)x;
+    uint4 y;
+    for (int i = 0; i < 8; i++) ((bf16 *)&y)[i] = x[i];
+    return y;
+}
+
+// In K a lane takes eight neighbours of both factors where the instruction's layout has four pairs: the order of a sum's terms is free.
+__device__ static inline void mma_of_eights(float d[4], const uint4 &low, const uint4 &high, const uint4 &right) {
+    const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}}, b[2][2] = {{right.x, right.y}, {right.z, right.w}};
+    mma_16816(d, a[0], b[0]);
+    mma_16816(d, a[1], b[1]);
+}
+
+template <int LAST>
+__global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
+    __shared__ float sums[DECODE_WARPS][FAST_MEMBERS][2 * FAST_OUTPUTS];
+    const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], outputs = LAST ? D : 2 * D, half = outputs / 2;
+    const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, conv = a.kind == COMPRESS_CONV1D;
+    const int64_t K = LAST && !conv ? 2 * D : a.block * D;
+    const bf16 *x = (LAST && !conv ? a.hidden[v] : a.flat[v]) + set * a.members * K;
+    const bf16 *weight = (!LAST ? a.matrices[v].fc1 : conv ? a.matrices[v].conv : a.matrices[v].fc2) + ((int64_t)set * outputs + c0) * K;
+    const float *bias = (!LAST ? a.weights[v].fc1_bias : conv ? a.weights[v].conv_bias : a.weights[v].fc2_bias) + set * outputs + c0;
+    const int there = c0 < half, aligned = (uintptr_t)weight % 16 == 0;
+    for (int n = 0; n < 2 && there; n++) prefetch_row(weight + (n * half + warp) * K, K);
+    wait_for_previous();
+    if (!there) return;
+    for (int m0 = 0; m0 < a.members; m0 += FAST_MEMBERS) {
+        const int rows = min32(FAST_MEMBERS, a.members - m0);
+        float d[FAST_MEMBERS / MMA_ROWS][2][4] = {{{0}}};
+        #pragma unroll 2
+        for (int64_t k = warp * FAST_STEP + lane() % 4 * 8; k < K; k += DECODE_WARPS * FAST_STEP) {
+            const uint4 right[2] = {eight_of(weight + low * K + k, aligned), eight_of(weight + (half + low) * K + k, aligned)}, none = {0, 0, 0, 0};
+            #pragma unroll
+            for (int i = 0; i < FAST_MEMBERS / MMA_ROWS; i++) {
+                const int m = i * MMA_ROWS + low;
+                if (i * MMA_ROWS >= rows) continue;
+                const uint4 upper = m < rows ? eight_of(x + (m0 + m) * K + k, 1) : none, lower = m + 8 < rows ? eight_of(x + (m0 + m + 8) * K + k, 1) : none;
+                for (int n = 0; n < 2; n++) mma_of_eights(d[i][n], upper, lower, right[n]);
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < FAST_MEMBERS / MMA_ROWS; i++)
+            #pragma unroll
+            for (int e = 0; e < 8; e++) sums[warp][i * MMA_ROWS + low + e % 4 / 2 * 8][e / 4 * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[i][e / 4][e % 4];
+        __syncthreads();
+        for (int i = threadIdx.x; i < rows * FAST_OUTPUTS; i += DECODE_THREADS) {
+            const int m = i / FAST_OUTPUTS, c = i % FAST_OUTPUTS;
+            float y = bias[c], z = bias[half + c];
+            for (int w = 0; w < DECODE_WARPS; w++) y += sums[w][m][c], z += sums[w][m][FAST_OUTPUTS + c];
+            if (LAST) {
+                cache_compressed(&a, v, set, m0 + m, c0 + c, 1, y, z);
+            } else {
+                bf16 *to = a.hidden[v] + ((int64_t)set * a.members + m0 + m) * outputs + c0 + c;
+                to[0] = (bf16)gelu(y);
+                to[half] = (bf16)gelu(z);
+            }
+        }
+        __syncthreads();        // before the next members' sums take their place
     }
 }
 
@@ -1336,20 +1630,31 @@ static Reading reading(const Working *w, int64_t keys, int64_t before, int64_t a
     return r;
 }
 
+// The same in sparse attention of the fast tier, whose team has tiles of every list dealt out to it.
+static Reading dealt_out(const Working *w, int64_t keys) {
+    const Reading r = {(int)keys, 0, 0, 0, (int)min64(w->team, (keys + TILE_KEYS - 1) / TILE_KEYS)};
+    return r;
+}
+
 static void plan_token(Decoder *d, const int *tokens) {
     const Config *c = &d->model->config;
-    Input *in = d->work->input;
+    const Working *w = d->work;
+    Input *in = w->input;
     const int64_t t = d->length, own = t / max64(c->sel_block, 1), cmp = compressed_seen(t, c->cmp_block, c->cmp_stride), win = min64(t + 1, c->window);
     const int64_t slc = own < c->sel_blocks ? t + 1 : (c->sel_blocks - 1) * (int64_t)c->sel_block + t % c->sel_block + 1;
     in->position = t;
-    in->of[CMP] = reading(d->work, cmp, 0, cmp + win);
-    in->of[WIN] = reading(d->work, win, cmp, cmp + win);
-    in->of[SLC] = reading(d->work, slc, 0, slc);
-    in->of[CACHE_FULL] = reading(d->work, t + 1, 0, t + 1);
+    in->of[CMP] = w->fast ? dealt_out(w, cmp) : reading(w, cmp, 0, cmp + win);
+    in->of[WIN] = w->fast ? dealt_out(w, win) : reading(w, win, cmp, cmp + win);
+    in->of[SLC] = w->fast ? dealt_out(w, slc) : reading(w, slc, 0, slc);
+    in->of[CACHE_FULL] = reading(w, t + 1, 0, t + 1);
     memcpy(in->tokens, tokens, (size_t)d->rows * sizeof(int));
 }
 
 static size_t input_bytes(const Decoder *d) { return sizeof(Input) + (size_t)d->rows * sizeof(int); }
+
+typedef void FastKernel(AttendCall);
+static FastKernel *dense_kernel_of(int D) { return D == 64 ? fast_attend_kernel<64, 64> : D == 128 ? fast_attend_kernel<128, 128> : fast_attend_kernel<192, 128>; }
+static FastKernel *sparse_kernel_of(int D) { return D == 64 ? fast_sparse_kernel<64, 64> : D == 128 ? fast_sparse_kernel<128, 128> : fast_sparse_kernel<192, 128>; }
 
 // Every head meets the keys of one list, or of two.
 template <typename F>
@@ -1359,10 +1664,8 @@ static void launch_attend(const Working *w, AttendCall a, int first, int second)
     const dim3 blocks((unsigned)(s->rows * s->KV * ((s->G + together - 1) / together)), (unsigned)s->splits);
     a.lists[0] = first;
     a.lists[1] = second;
-    if (!w->fast) launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
-    else if (s->D == 64) launch(w->stream, fast_attend_kernel<64, 64>, blocks, DECODE_THREADS, KeyRing<64, 64>::BYTES, a);
-    else if (s->D == 128) launch(w->stream, fast_attend_kernel<128, 128>, blocks, DECODE_THREADS, KeyRing<128, 128>::BYTES, a);
-    else launch(w->stream, fast_attend_kernel<192, 128>, blocks, DECODE_THREADS, KeyRing<192, 128>::BYTES, a);
+    if (w->fast) launch(w->stream, dense_kernel_of(s->D), blocks, DECODE_THREADS, ring_bytes(s->D), a);
+    else launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
 }
 
 template <typename F>
@@ -1373,34 +1676,35 @@ static void compress_step(Decoder *d, int layer) {
     Working *a = d->work;
     const int KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, sets = c->compress == COMPRESS_MLP ? 1 : KV, lists = d->rows * KV;
     const int64_t most = max64(D, Dv);
-    const CompressStep<F> step = {{a->flat[0], a->flat[1]}, {a->hidden[0], a->hidden[1]}, a->angles, a->device_input, d->layers[layer],
+    const CompressStep<F> step = {{(F *)a->flat[0], (F *)a->flat[1]}, {(F *)a->hidden[0], (F *)a->hidden[1]}, a->angles, a->device_input, d->layers[layer],
                                   {w->compress[0], w->compress[1]}, {compress_matrices<F>(g, &w->compress[0]), compress_matrices<F>(g, &w->compress[1])},
                                   KV, {D, Dv}, c->cmp_block, c->compress, sets, lists / sets};
     launch(a->stream, flatten_kernel<F>, dim3((unsigned)lists, grid(c->cmp_block * most, THREADS), 2), THREADS, 0, step);
+    if constexpr (std::is_same<F, bf16>::value)
+        if (a->fast && compress_has_weights(c->compress)) {
+            if (compress_hidden(c->compress, D)) launch(a->stream, fast_compress_kernel<0>, dim3(grid(most, FAST_OUTPUTS), 2 * (unsigned)sets), DECODE_THREADS, 0, step);
+            launch(a->stream, fast_compress_kernel<1>, dim3(grid(most / 2, FAST_OUTPUTS), 2 * (unsigned)sets), DECODE_THREADS, 0, step);
+            return;
+        }
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
     launch(a->stream, output_kernel<F>, dim3(grid((most + 1) / 2, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
 }
 
-static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
-
 static AttendCall attend_call(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
     const Working *w = d->work;
-    const AttendCall a = {w->wide, wide_row(c, layer).size, w->device_input, d->layers[layer], w->block_idx, w->importance, most_selection_blocks(c, d->capacity),
-                          w->scores, w->parts, decode_shape(d, layer), {NO_LIST, NO_LIST}};
+    const AttendCall a = {w->wide, wide_row(c, layer).size, w->device_input, d->layers[layer], w->block_idx,
+                          w->scores, w->parts, w->gates, w->attention, decode_shape(d, layer), {NO_LIST, NO_LIST}};
     return a;
 }
 
-// What the selection branch is chosen from, and by the simple tier the choice itself.
+// The simple tier's choice.
 static void launch_choice(const Decoder *d, int layer) {
     const Working *w = d->work;
     const DecodeShape s = decode_shape(d, layer);
     const int64_t slots = d->layers[layer].branch[CMP].slots, most_blocks = most_selection_blocks(&d->model->config, d->capacity);
-    const unsigned lists = (unsigned)(s.rows * s.KV);
-    const int each = importance_blocks(&s.select);
-    if (w->fast) launch(w->stream, importance_kernel, dim3(lists, grid(most_blocks, each)), THREADS, importance_bytes(&s), w->importance, w->scores, slots, most_blocks, each, w->parts, w->device_input, s);
-    else launch(w->stream, select_kernel, lists, min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), s.G * (int64_t)sizeof(float), w->block_idx, w->scores, slots, w->importance,
-                most_blocks, w->parts, w->device_input, s);
+    launch(w->stream, select_kernel, (unsigned)(s.rows * s.KV), min64(MOST_THREADS, round_up(max64(slots, 1), WARP)), s.G * (int64_t)sizeof(float), w->block_idx, w->scores, score_row(slots), w->importance,
+           most_blocks, w->parts, w->device_input, s);
 }
 
 static void launch_merge(const Decoder *d, int layer) {
@@ -1412,14 +1716,19 @@ static void launch_merge(const Decoder *d, int layer) {
 // wide, with q turned, and the caches -> attention
 template <typename F>
 static void decode_branches(Decoder *d, int layer, int completes) {
+    const Working *w = d->work;
     const AttendCall a = attend_call(d, layer);
+    if (completes && !a.s.full) compress_step<F>(d, layer);
+    if (w->fast && !a.s.full) {
+        launch_teams(w->stream, sparse_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->team), DECODE_THREADS, ring_bytes(a.s.D), w->team, a);
+        return;
+    }
     if (a.s.full) {
-        launch_attend<F>(d->work, a, CACHE_FULL, NO_LIST);
+        launch_attend<F>(w, a, CACHE_FULL, NO_LIST);
     } else {
-        if (completes) compress_step<F>(d, layer);
-        launch_attend<F>(d->work, a, CMP, WIN);
+        launch_attend<F>(w, a, CMP, WIN);
         launch_choice(d, layer);
-        launch_attend<F>(d->work, a, SLC, NO_LIST);
+        launch_attend<F>(w, a, SLC, NO_LIST);
     }
     launch_merge(d, layer);
 }
@@ -1531,12 +1840,12 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
     carve(m, &w->wide, rows * wide);
     carve(m, &w->gates, rows * H * BRANCHES);
     for (int v = 0; v < 2; v++) {
-        carve(m, &w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D));
-        carve(m, &w->hidden[v], nsa * lists * 2 * (v ? Dv : D));
+        carve(m, (char **)&w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D) * cache_number(c));
+        carve(m, (char **)&w->hidden[v], nsa * lists * 2 * (v ? Dv : D) * cache_number(c));
     }
-    carve(m, &w->scores, rows * H * slots);
-    carve(m, &w->importance, nsa * lists * most_selection_blocks(c, capacity));
-    carve(m, &w->block_idx, nsa * lists * c->sel_blocks);
+    carve(m, &w->scores, rows * H * score_row(slots));
+    carve(m, &w->importance, nsa * !w->fast * lists * most_selection_blocks(c, capacity));
+    carve(m, &w->block_idx, nsa * !w->fast * lists * c->sel_blocks);
     carve(m, &w->parts.top, parts);
     carve(m, &w->parts.sum, parts);
     carve(m, &w->parts.out, parts * Dv);
@@ -1548,15 +1857,34 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
     carve(m, &w->logits, rows * c->vocab_size);
 }
 
-// Into how many shares the keys of a launch are cut for each of `lists`, when `slots` blocks of threads fit on the GPU at once: the time goes
-// with how often it must be filled, and for each time with the keys of a share and with what a block of threads costs without any, which
-// here counts as one 64th of the keys.
+// What decides into how many shares the keys of a list are cut, of `lists` when `at_once` fit on the GPU: the time goes with how often it must
+// be filled, and for each time with the keys of a share and with what a block of threads costs without any, which here counts
+// as one 64th of the keys.
+static double time_of_shares(int64_t lists, int64_t at_once, int shares) { return (double)((lists + at_once - 1) / at_once) * (1.0 / shares + 1.0 / 64); }
+
 static int choose_splits(int64_t lists, int64_t slots) {
     int best = 1;
+    for (int splits = 2; splits <= MOST_SPLITS; splits++)
+        if (time_of_shares(lists * splits, slots, splits) < time_of_shares(lists * best, slots, best)) best = splits;
+    return best;
+}
+
+// How large a team is: a power of two.
+static int choose_team(const Config *c, int64_t lists) {
+    FastKernel *kernel = sparse_kernel_of(c->head_dim);
+    cudaFuncAttributes compiled;
+    int best = 1;
     double least = INFINITY;
-    for (int splits = 1; splits <= MOST_SPLITS; splits++) {
-        const double time = (double)((lists * splits + slots - 1) / slots) * (1.0 / splits + 1.0 / 64);
-        if (time < least) least = time, best = splits;
+    allow_shared(kernel, ring_bytes(c->head_dim), FAST_NAME, FAST_FIX);
+    CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
+    if (gpu.major < 9 || compiled.ptxVersion < 90) return 1;        // this GPU, or the code for it, has no clusters
+    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    for (int team = 1; team <= MOST_TEAM; team *= 2) {
+        cudaLaunchAttribute attributes[2];
+        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, ring_bytes(c->head_dim), team);
+        int at_once = 0;
+        if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) (void)cudaGetLastError();   // none so large
+        if (at_once > 0 && time_of_shares(lists, at_once, team) < least) least = time_of_shares(lists, at_once, team), best = team;
     }
     return best;
 }
@@ -1565,9 +1893,10 @@ static int choose_splits(int64_t lists, int64_t slots) {
 static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity) {
     device_open();
     w->fast = fast_decode(c, capacity);
-    const int64_t G = c->num_attention_heads / c->num_key_value_heads, together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS;
-    const int64_t at_once = w->fast ? max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c)) : 2;      // blocks of threads of a multiprocessor
-    w->splits = choose_splits(rows * c->num_key_value_heads * ((G + together - 1) / together), at_once * gpu.multiProcessorCount);
+    const int64_t G = c->num_attention_heads / c->num_key_value_heads, lists = rows * c->num_key_value_heads, together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS;
+    const int64_t at_once = w->fast ? max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c->head_dim)) : 2;      // blocks of threads of a multiprocessor
+    w->team = w->fast && has_nsa(c) ? choose_team(c, lists) : 1;
+    w->splits = max32(w->team, choose_splits(lists * ((G + together - 1) / together), at_once * gpu.multiProcessorCount));
 }
 
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
@@ -1594,11 +1923,7 @@ void decoder_open(Decoder *d) {
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
-    if (!fast_model(c)) return;
-    if (has_nsa(c)) allow_shared(importance_kernel, importance_bytes(&s), "selection for so many heads on a KV head", cpu);
-    if (s.D == 64) allow_shared(fast_attend_kernel<64, 64>, KeyRing<64, 64>::BYTES, FAST_NAME, FAST_FIX);
-    else if (s.D == 128) allow_shared(fast_attend_kernel<128, 128>, KeyRing<128, 128>::BYTES, FAST_NAME, FAST_FIX);
-    else allow_shared(fast_attend_kernel<192, 128>, KeyRing<192, 128>::BYTES, FAST_NAME, FAST_FIX);
+    if (fast_model(c)) allow_shared(dense_kernel_of(s.D), ring_bytes(s.D), FAST_NAME, FAST_FIX);
 }
 
 static void drop_graphs(Working *w) {

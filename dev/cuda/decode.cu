@@ -2,7 +2,7 @@
 Attention of one token that is decoded: dense, over all keys, and NSA's, over its three branches, with the choice and the sum.
 
     version 1   f32 and any shape: attend_kernel, select_kernel, merge_kernel
-    version 2   bf16 on tensor cores: fast_attend_kernel, importance_kernel, choose_quickly, merge_kernel
+    version 2   bf16 on tensor cores: dense fast_attend_kernel and merge_kernel, NSA fast_sparse_kernel alone, by teams of blocks of threads
 
 The kernels are those of sample.c, and so is what launches them.
 
@@ -76,6 +76,8 @@ static const Case cases[] = {
     {1, 400, "--heads 4 --kv-heads 1 --head-dim 64 --cmp-block 4 --cmp-stride 2 --sel-block 4 --sel-blocks 60 --window 50"},
     {1, 400, "--heads 4 --kv-heads 1 --head-dim 64 --cmp-block 4 --cmp-stride 2 --sel-block 4 --sel-blocks 80 --window 50"},     // too many for version 2
     {3, 400, "--heads 4 --kv-heads 2 --head-dim 24 --v-head-dim 7 --cmp-block 4 --cmp-stride 2 --sel-block 8 --sel-blocks 6 --window 50"},
+    {3, 1700, "--heads 10 --kv-heads 2 --head-dim 128 --preset paper --sel-blocks 8"},
+    {1, 2011, "--heads 16 --kv-heads 1 --head-dim 64 --cmp-block 2 --cmp-stride 1 --sel-block 2 --sel-blocks 40"},      // more candidates than threads
     {1, 300, "--heads 4 --kv-heads 2 --head-dim 64 --cmp-block 4 --cmp-stride 2 --sel-block 8 --sel-blocks 3 --window 50"},      // forced blocks only
 };
 
@@ -177,7 +179,8 @@ static void check_case(const Case *x, int version) {
         free(outs);
     }
     const double error = sqrt(difference / norm);
-    printf("version %d%s, %d x %4d, %s: error %.1e, %d shares\n", version, version == 2 && !d.work->fast ? " (simple)" : "", rows, x->T, x->options, error, d.work->splits);
+    printf("version %d%s, %d x %4d, %s: error %.1e, %d shares, teams of %d\n", version, version == 2 && !d.work->fast ? " (simple)" : "", rows, x->T, x->options, error,
+           d.work->splits, d.work->team);
     check(error < (d.work->fast ? BF16_ERROR : F32_ERROR), "version %d, %d x %d, %s: error %.2e", version, rows, x->T, x->options, error);
     float *all[] = {q, gates, got, p, importance, (float *)out, (float *)idx};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
@@ -267,21 +270,24 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
     fill_normal(d.work->wide, rows * wide_row(c, 0).size, 1u << 20);
     fill_normal(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
 
-    printf("version %d, %s: %s tier, %d shares, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, count, human_bytes((double)held));
+    printf("version %d, %s: %s tier, %d shares, teams of %d, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, d.work->team, count, human_bytes((double)held));
     const auto time = [&](int completes) { return graph_us<F>(&d, caches, count, [&] { decode_branches<F>(&d, 0, completes); }); };
     double us = time(0);
     report(nsa ? "a token" : "a token, dense", us, *bytes, rate);
     if (nsa) {
         const auto part = [&](int list, int other) { return graph_us<F>(&d, caches, count, [&] { launch_attend<F>(d.work, attend_call(&d, 0), list, other); }); };
-        report("  compressed and window", part(CMP, WIN), token * first, rate);
-        report("  choice", graph_us<F>(&d, caches, count, [&] { launch_choice(&d, 0); }), 0, rate);
-        report("  selected", part(SLC, NO_LIST), token * second, rate);
+        if (!d.work->fast) {
+            report("  compressed and window", part(CMP, WIN), token * first, rate);
+            report("  choice", graph_us<F>(&d, caches, count, [&] { launch_choice(&d, 0); }), 0, rate);
+            report("  selected", part(SLC, NO_LIST), token * second, rate);
+        }
         set_position(&d, completing);
+        report("  compression", graph_us<F>(&d, caches, count, [&] { compress_step<F>(&d, 0); }), 0, rate);
         const double whole = time(1), average = us + (whole - us) / c->cmp_stride;
         report("one that completes a block", whole, *bytes, rate);
         report("on average", us = average, *bytes, rate);
     }
-    report("  merge", graph_us<F>(&d, caches, count, [&] { launch_merge(&d, 0); }), 0, rate);
+    if (!nsa || !d.work->fast) report("  merge", graph_us<F>(&d, caches, count, [&] { launch_merge(&d, 0); }), 0, rate);
     for (int i = 0; i < count; i++)
         for (int b = 0; b < branches; b++) CUDA(cudaFree(caches[i].branch[b].k)), CUDA(cudaFree(caches[i].branch[b].v));
     free(caches);

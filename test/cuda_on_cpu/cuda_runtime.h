@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests: enough of CUDA to run the kernels of train_nsa.cu and sample.c where there is no GPU.
 //
 // A kernel's threads are fibers of one CPU thread: each runs until it waits for others (__syncthreads, __syncwarp, a shuffle,
-// a matrix instruction), then the next one runs. Blocks are shared out among the CPU's threads. What a GPU leaves undefined is
+// a matrix instruction), then the next one runs. Blocks are shared out among the CPU's threads; those of a cluster have one each. What a GPU leaves undefined is
 // made to fail here: fresh memory is NaN, cp.async delivers nothing before it is waited for, nor does the copy engine, whose target is NaN
 // until then; wgmma computes at its wait; an exited lane that a mask names or a barrier that not all reach ends the program. Under AddressSanitizer and UBSan, accesses out of bounds
 // (dynamic shared memory too) and misaligned ones are found. EMU_REVERSE=1 runs the threads of a block the other way round: a missing barrier
@@ -13,13 +13,16 @@
 #define CUDA_ON_CPU 1
 
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <new>
 #include <setjmp.h>
+#include <thread>
 #include <ucontext.h>
 #include <unistd.h>
 #include <vector>
@@ -52,6 +55,8 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 
 // ----------------------------------------------------------------------------
 // Threads of a block
+
+static thread_local dim3 blockDim, gridDim;
 
 struct CUtensorMap;
 namespace emu {
@@ -93,7 +98,65 @@ struct Fiber {
     void *fake_stack;
 };
 
+// The barrier of a cluster's blocks; one that has ended counts as arrived.
+struct Cluster {
+    std::mutex lock;
+    std::condition_variable change;
+    int blocks, arrived = 0;
+    unsigned generation = 0;
+    void release_if_complete() {
+        if (arrived < blocks) return;
+        arrived = 0;
+        generation++;
+        change.notify_all();
+    }
+    void wait() {
+        std::unique_lock<std::mutex> hold(lock);
+        const unsigned before = generation;
+        arrived++;
+        release_if_complete();
+        change.wait(hold, [&] { return generation != before; });
+    }
+    void leave() {
+        std::unique_lock<std::mutex> hold(lock);
+        blocks--;
+        release_if_complete();
+    }
+};
+
+// CPU threads that stay: run(n, work) has work(0) .. work(n - 1) done side by side.
+struct Crew {
+    std::mutex lock;
+    std::condition_variable change;
+    std::function<void(int)> work;
+    int size = 0, wanted = 0, running = 0;
+    unsigned round = 0;
+    void member(int me, unsigned seen) {
+        std::unique_lock<std::mutex> hold(lock);
+        for (;;) {
+            change.wait(hold, [&] { return round != seen; });
+            seen = round;
+            if (me >= wanted) continue;
+            hold.unlock();
+            work(me);
+            hold.lock();
+            if (--running == 0) change.notify_all();
+        }
+    }
+    void run(int n, const std::function<void(int)> &what) {
+        std::unique_lock<std::mutex> hold(lock);
+        for (; size < n; size++) std::thread(&Crew::member, this, size, round).detach();
+        work = what;
+        wanted = running = n;
+        round++;
+        change.notify_all();
+        change.wait(hold, [&] { return running == 0; });
+    }
+};
+inline Crew *crew = new Crew();     // for as long as its threads
+
 struct Worker {     // one CPU thread
+    Cluster *cluster = nullptr;     // of the running block
     std::vector<Fiber *> fibers;
     std::vector<int> idle;
     std::vector<Thread> threads;
@@ -105,7 +168,6 @@ struct Worker {     // one CPU thread
     char *shared = nullptr;
     size_t shared_bytes = 0;
     uint3 block_idx;
-    dim3 block_dim, grid_dim;
     std::function<void()> body;
     const char *name = "";
     jmp_buf home;
@@ -289,7 +351,7 @@ static void fiber_main() {
     }
 }
 
-static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared, const std::function<void()> &body, const char *name) {
+static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared, const std::function<void()> &body, const char *name, Cluster *cluster = nullptr) {
     if (!worker) worker = new Worker();
     Worker *w = worker;
     w->count = w->live = (int)(threads.x * threads.y * threads.z);
@@ -300,10 +362,11 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
     for (Barrier &b : w->named) b = Barrier();
     w->boxes.clear();
     w->block_idx = block;
-    w->block_dim = threads;
-    w->grid_dim = grid;
+    blockDim = threads;
+    gridDim = grid;
     w->name = name;
     w->body = body;
+    w->cluster = cluster;
     w->threads.assign((size_t)w->count, Thread());
     for (int i = 0; i < w->count; i++)
         w->threads[i].idx = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
@@ -333,18 +396,23 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
     if (shared) __asan_unpoison_memory_region(memory, whole);
 #endif
     free(memory);
+    if (cluster) cluster->leave();
 }
 
 }  // namespace emu
 
 #define threadIdx (emu::self().idx)
 #define blockIdx (emu::worker->block_idx)
-#define blockDim (emu::worker->block_dim)
-#define gridDim (emu::worker->grid_dim)
 static inline void *emu_shared() { return emu::worker->shared; }
 
 static inline void __syncthreads() { emu::wait(emu::worker->block, emu::worker->live); }
 static inline void __syncwarp(unsigned mask = ~0u) { emu::sync_warp(mask); }
+static inline void emu_cluster_barrier() {
+    if (emu::worker->live != emu::worker->count) emu::stop("a thread has exited before a barrier of its cluster");
+    __syncthreads();
+    if (emu::worker->cluster && emu::worker->current == 0) emu::worker->cluster->wait();
+    __syncthreads();
+}
 
 template <typename T>
 static inline T emu_from_lane(const uint64_t (*slot)[4], int lane) {
@@ -614,7 +682,7 @@ typedef emu_recording *cudaGraphExec_t;
 typedef double *cudaEvent_t;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
 
 struct cudaDeviceProp {
     char name[256];
@@ -702,23 +770,60 @@ struct emu_launcher {
     const char *name;
     dim3 grid, block;
     size_t shared;
+    unsigned cluster;       // so many blocks along y
     template <typename... Args> void operator()(Args... args) const {
         const emu_launcher me = *this;
         const size_t threads = (size_t)block.x * block.y * block.z;
-        if (!grid.x || !grid.y || !grid.z || !threads || threads > emu::MAX_THREADS || grid.y > 65535 || grid.z > 65535 || shared > (227u << 10)) {
+        if (!grid.x || !grid.y || !grid.z || !threads || threads > emu::MAX_THREADS || grid.y > 65535 || grid.z > 65535 || grid.y % cluster || shared > (227u << 10)) {
             fprintf(stderr, "CUDA on the CPU: %s<<<(%u,%u,%u), (%u,%u,%u), %zu>>> cannot be launched\n", name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
             exit(99);
         }
         emu_do([=] {
             const int64_t blocks = (int64_t)me.grid.x * me.grid.y * me.grid.z;
             const std::function<void()> body = [=] { me.call(args...); };
+            const auto index = [=](int64_t i) { return uint3{(unsigned)(i % me.grid.x), (unsigned)(i / me.grid.x % me.grid.y), (unsigned)(i / me.grid.x / me.grid.y)}; };
+            if (me.cluster > 1) {
+                for (int64_t i = 0; i < blocks; i++) {
+                    const uint3 first = index(i);
+                    if (first.y % me.cluster) continue;
+                    emu::Cluster cluster;
+                    cluster.blocks = (int)me.cluster;
+                    emu::crew->run((int)me.cluster, [&](int member) { emu::run_block({first.x, first.y + (unsigned)member, first.z}, me.grid, me.block, me.shared, body, me.name, &cluster); });
+                }
+                return;
+            }
             #pragma omp parallel for schedule(dynamic) if (blocks > 1)
             for (int64_t i = 0; i < blocks; i++)
-                emu::run_block({(unsigned)(i % me.grid.x), (unsigned)(i / me.grid.x % me.grid.y), (unsigned)(i / me.grid.x / me.grid.y)}, me.grid, me.block, me.shared, body, me.name);
+                emu::run_block(index(i), me.grid, me.block, me.shared, body, me.name);
         });
     }
 };
 template <typename Call>
-static inline emu_launcher<Call> emu_launch(Call call, const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr) {
-    return {call, name, grid, block, shared};
+static inline emu_launcher<Call> emu_launch(Call call, const char *name, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr, unsigned cluster = 1) {
+    return {call, name, grid, block, shared, cluster};
+}
+
+// The same by a function, with attributes. A dependent launch begins here when all before it is done.
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { dim3 clusterDim; int programmaticStreamSerializationAllowed; } val; };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
+struct cudaFuncAttributes { int ptxVersion; };
+enum { EMU_CLUSTER_BLOCKS = 16 };       // blocks in clusters that the GPU takes at once
+static inline unsigned emu_cluster_of(const cudaLaunchConfig_t *c) {
+    for (unsigned i = 0; i < c->numAttrs; i++)
+        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) return c->attrs[i].val.clusterDim.y;
+    return 1;
+}
+template <typename Kernel, typename... Arguments>
+static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, Kernel *kernel, Arguments... arguments) {
+    emu_launch([=](auto... a) { kernel(a...); }, "kernel", c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream, emu_cluster_of(c))(arguments...);
+    return 0;
+}
+static inline cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *, const cudaLaunchConfig_t *c) {
+    *n = EMU_CLUSTER_BLOCKS / (int)emu_cluster_of(c);
+    return 0;
+}
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {
+    a->ptxVersion = 90;
+    return 0;
 }
