@@ -997,12 +997,6 @@ __device__ static inline float group_weight(const float *scores, int64_t row, co
     return sum;
 }
 
-// For importance_of (eq. 9), which is training's: the weights of the compressed blocks that the token sees.
-__device__ static inline Choice choice_from(const float *weights, int visible, const SelectShape *sel) {
-    const Choice x = {NULL, weights, 0, 0, visible, sel->cmp_block / sel->cmp_stride, sel->sel_block / sel->cmp_stride};
-    return x;
-}
-
 // idx (rows,KV,n) from the scores (rows,H,row) of the compressed branch: a block of threads a list. As select_blocks_kernel does
 // it, but one query has the whole block: the last importance that is taken is found bit by bit, since not negative floats are
 // ordered as their bits are.
@@ -1022,8 +1016,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     float *weights = scores + list * s.G * row, *score = importance + list * most_blocks;      // in the place of the first head's scores
     for (int64_t i = threadIdx.x; i < visible; i += blockDim.x) weights[i] = group_weight(weights + i, row, lse, s.G);
     __syncthreads();
-    const Choice choice = choice_from(weights, visible, sel);
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = importance_of(&choice, (int)j);
+    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = comparable(importance_of(weights, (int)j, visible, sel));
     __syncthreads();
 
     const int places = sel->n - sel->n_init - sel->n_local;
@@ -1317,8 +1310,7 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
         #pragma unroll 8
         for (int i = x.from + threadIdx.x; i < x.to; i += DECODE_THREADS) near[i - x.from] = weights[i];
         __syncthreads();
-        const Choice choice = choice_from(near - x.from, visible, sel);
-        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j] = importance_of(&choice, j);
+        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j] = comparable(importance_of(near - x.from, j, visible, sel));
         __syncthreads();
     }
     uint64_t mine = 0;

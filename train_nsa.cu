@@ -1598,17 +1598,19 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
     }
 }
 
-// importance (rows, row_size) of the blocks that a row may choose of, from its weights (rows, Tk): eq. 9. A block of threads a row.
+// Eq. 9 of block j, from the weights of the compressed blocks that are seen.
+__device__ static inline float importance_of(const float *weights, int j, int visible, const SelectShape *sel) {
+    const int pieces = sel->cmp_block / sel->cmp_stride, per_block = sel->sel_block / sel->cmp_stride, end = min32((j + 1) * per_block, visible);
+    float sum = 0;
+    for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += weights[i] * (float)(int)pieces_inside(i, j, pieces, per_block);
+    return sum;
+}
+
+// importance (rows, row_size) of the blocks that a row may choose of, from its weights (rows, Tk). A block of threads a row.
 __global__ void importance_kernel(float *importance, int64_t row_size, const float *weights, int64_t row0, AttentionShape s, SelectShape sel) {
     const int64_t t = (row0 + blockIdx.x) / s.KV % s.T;
-    const int pieces = sel.cmp_block / sel.cmp_stride, per_block = sel.sel_block / sel.cmp_stride, visible = (int)compressed_seen(t, sel.cmp_block, sel.cmp_stride);
-    const float *w = weights + blockIdx.x * s.Tk;
-    for (int j = threadIdx.x; j < (int)choice_end(t, &sel); j += blockDim.x) {
-        const int end = min32((j + 1) * per_block, visible);
-        float sum = 0;
-        for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += w[i] * (float)(int)pieces_inside(i, j, pieces, per_block);
-        importance[blockIdx.x * row_size + j] = sum;
-    }
+    const int visible = (int)compressed_seen(t, sel.cmp_block, sel.cmp_stride);
+    for (int j = threadIdx.x; j < (int)choice_end(t, &sel); j += blockDim.x) importance[blockIdx.x * row_size + j] = importance_of(weights + blockIdx.x * s.Tk, j, visible, &sel);
 }
 static void gpu_importance(float *importance, const float *weights, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     importance_kernel<<<grid(rows, 1), THREADS>>>(importance, importance_row(s, sel), weights, row0, *s, *sel);
