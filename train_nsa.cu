@@ -2952,18 +2952,15 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 // ----------------------------------------------------------------------------
 // Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
 // gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
-// multiprocessor can fetch still is the limit, not what it can multiply. Therefore the warpgroups of a block have neighbouring queries, too, and one ring: what any
-// of them chose comes once, and goes past those that did not.
+// multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
 
 template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
-// The `round`-th group of queries of this block, tokens from t0 on of (b, kv), SLAB_ROWS / G a warpgroup; one (b, kv) after the other, whose keys then stay in
-// the L2 cache.
+// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
+// L2 cache.
 template <int SLABS>
-DEVICE static inline int group_tokens(const AttentionShape *s) { return SLABS * (SLAB_ROWS / (s->H / s->KV)); }
-template <int SLABS>
-__device__ static inline int query_group(RowTile *x, int round, const AttentionShape *s) {
-    const int tokens = group_tokens<SLABS>(s), groups = ((int)s->T + tokens - 1) / tokens;
-    const int64_t item = (int64_t)round * gridDim.x + blockIdx.x;
+__device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
+    const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
+    const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
     if (item >= s->B * s->KV * groups) return 0;
     x->b = (int)(item / groups) / s->KV;
     x->kv = (int)(item / groups) % s->KV;
@@ -2971,150 +2968,133 @@ __device__ static inline int query_group(RowTile *x, int round, const AttentionS
     return 1;
 }
 
-// The lists of the queries, merged: each lane has some of them, and what comes next in these. Returns the next block and, a bit a query, who chose it; -1 at the end.
-template <int LISTS>
+// The lists of the queries, merged: each lane has one, and where it stands in it. Returns the next block and, a bit a lane, who chose it; -1 at the end.
 struct BlockMerge {
-    const int *at[LISTS];
-    int left[LISTS], head[LISTS], after[LISTS];
-    __device__ int take(int list) {
-        if (left[list] == 0) return INT_MAX;
-        left[list]--;
-        const int block = *at[list]++;
-        return block < 0 ? INT_MAX : block;
+    const int *idx;
+    int n, i, head, after;
+    __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
+    __device__ void begin(const RowTile *x, const Mask *mask, const AttentionShape *s) {
+        const int t = x->t0 + lane(), there = lane() < SLAB_ROWS / (s->H / s->KV) && t < (int)s->T;
+        idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
+        n = there ? mask->n : 0;
+        i = 1;
+        head = at(0);
+        after = at(1);
     }
-    __device__ void begin(const RowTile *x, int queries, const Mask *mask, const AttentionShape *s) {
-        #pragma unroll
-        for (int list = 0; list < LISTS; list++) {
-            const int query = list * WARP + lane(), t = x->t0 + query, there = query < queries && t < (int)s->T;
-            at[list] = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
-            left[list] = there ? mask->n : 0;
-            head[list] = take(list);
-            after[list] = take(list);
-        }
-    }
-    __device__ int next(uint64_t *choosers) {
-        int first = head[0];
-        #pragma unroll
-        for (int list = 1; list < LISTS; list++) first = min32(first, head[list]);
-        const int block = __reduce_min_sync(~0u, first);
-        *choosers = 0;
-        #pragma unroll
-        for (int list = 0; list < LISTS; list++) {
-            *choosers |= (uint64_t)__ballot_sync(~0u, head[list] == block) << list * WARP;
-            if (head[list] != block) continue;
-            head[list] = after[list];
-            after[list] = head[list] == INT_MAX ? INT_MAX : take(list);
+    __device__ int next(unsigned *choosers) {
+        const int block = __reduce_min_sync(~0u, head);
+        *choosers = __ballot_sync(~0u, head == block);
+        if (head == block) {
+            head = after;
+            after = head == INT_MAX ? INT_MAX : at(++i);
         }
         return block == INT_MAX ? -1 : block;
     }
 };
-struct alignas(16) Choosers { uint64_t queries; int block; };       // of a stage of the ring; a block of -1, without a tile, ends a group of queries
-struct Chosen { int block; unsigned choosers; };                    // the same for the queries of one warpgroup
+struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
 
-// What is in shared memory: each warpgroup's queries (and with DOUT the gradients of their results); a ring of keys, values and who chose these.
-template <int D, int DV, int DOUT>
-struct SelectedBlock {
-    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, LISTS = SLABS == 2 ? 1 : 2 };       // tokens have 4 rows or more
-    enum { ROWS_BYTES = SLABS * SLAB_ROWS * (D + DOUT * DV) * 2, STAGE_BYTES = KEYS * (D + DV) * 2, ROOM = 226 * 1024, FIT = (ROOM - ROWS_BYTES) / STAGE_BYTES };
-    enum { STAGES = FIT < 8 ? FIT : 8, BARRIERS = 2 * (SLABS + STAGES), BYTES = ROWS_BYTES + STAGES * (STAGE_BYTES + (int)sizeof(Choosers)) + BARRIERS * 8 };
-    bf16 *q_tiles, *dout_tiles, *key_tiles, *value_tiles;
-    Choosers *chosen;
-    uint64_t *q_full, *q_empty, *full, *empty;
+// A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
+template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
+struct SelectedSlab {
+    enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
+    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
+    bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
+    uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
+    Chosen *chosen;
 
-    __device__ void begin(SharedKilobyte *shared) {
-        q_tiles = (bf16 *)shared;
-        dout_tiles = q_tiles + SLABS * SLAB_ROWS * D;
-        key_tiles = dout_tiles + DOUT * SLABS * SLAB_ROWS * DV;
-        value_tiles = key_tiles + STAGES * KEYS * D;
-        chosen = (Choosers *)(value_tiles + STAGES * KEYS * DV);
-        q_full = (uint64_t *)(chosen + STAGES), q_empty = q_full + SLABS;
-        full = q_empty + SLABS, empty = full + STAGES;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < SLABS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, 4);       // every warp lets go
-            for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, SLABS * 4);
-            barriers_ready();
-        }
-        __syncthreads();
+    __device__ void begin(SharedKilobyte *shared, int slab) {
+        unsigned char *memory = (unsigned char *)shared;
+        q_tile = (bf16 *)(memory + slab * TILES);
+        dout_tile = q_tile + SLAB_ROWS * D;
+        key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
+        value_tiles = key_tiles + K_STAGES * KEYS * D;
+        q_full = (uint64_t *)(memory + SLABS * TILES) + slab * BARRIERS;
+        q_empty = q_full + 1;
+        k_full = q_empty + 1, k_empty = k_full + K_STAGES;
+        v_full = k_empty + K_STAGES, v_empty = v_full + V_STAGES;
+        chosen = (Chosen *)(memory + SLABS * (TILES + BARRIERS * 8)) + slab * K_STAGES;
     }
-    __device__ bf16 *q_tile(int slab) const { return q_tiles + slab * SLAB_ROWS * D; }
-    __device__ bf16 *dout_tile(int slab) const { return dout_tiles + slab * SLAB_ROWS * DV; }
-    __device__ bf16 *key_tile(int at) const { return key_tiles + at * KEYS * D; }
-    __device__ bf16 *value_tile(int at) const { return value_tiles + at * KEYS * DV; }
-
-    // All that the warpgroup that copies does: one warp merges lists and brings keys and values, each of the others the queries of a warpgroup.
-    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, const Mask *mask, const AttentionShape *s) const {
-        const int G = s->H / s->KV, tokens = SLAB_ROWS / G, slab = (int)(threadIdx.x / WARP) - 1;
+    __device__ void make_barriers() const {     // every warp lets go
+        barrier_init(q_full, 1), barrier_init(q_empty, 4);
+        for (int i = 0; i < K_STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, 4);
+        for (int i = 0; i < V_STAGES; i++) barrier_init(v_full + i, 1), barrier_init(v_empty + i, 4);
+        barriers_ready();
+    }
+    // All that the warp that copies does.
+    __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
+                          const AttentionShape *s) const {
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G;
         RowTile x;
-        if (slab >= 0) {
-            Ring<1> ring;
-            for (int round = 0; slab < SLABS && lane() == 0 && query_group<SLABS>(&x, round, s); round++, ring.next()) {
-                barrier_wait(q_empty + slab, ring.parity ^ 1);
-                barrier_expect(q_full + slab, tokens * G * (D + DOUT * DV) * 2);
-                copy_tile<D>(q_tile(slab), SLAB_ROWS, q_map, x.b, x.t0 + slab * tokens, x.kv * G, q_full + slab);
-                if (DOUT) copy_tile<DV>(dout_tile(slab), SLAB_ROWS, dout_map, x.b, x.t0 + slab * tokens, x.kv * G, q_full + slab);
+        Ring<1> q_ring;
+        Ring<K_STAGES> k_ring;
+        Ring<V_STAGES> v_ring;
+        for (int round = 0; query_group<SLABS>(&x, round, slab, s); round++) {
+            barrier_wait(q_empty, q_ring.parity ^ 1);
+            if (lane() == 0) {
+                barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
+                copy_tile<D>(q_tile, SLAB_ROWS, q_map, x.b, x.t0, x.kv * G, q_full);
+                if (DOUT) copy_tile<DV>(dout_tile, SLAB_ROWS, dout_map, x.b, x.t0, x.kv * G, q_full);
             }
-            return;
-        }
-        Ring<STAGES> ring;
-        for (int round = 0; query_group<SLABS>(&x, round, s); round++) {
-            BlockMerge<LISTS> merge;
-            merge.begin(&x, SLABS * tokens, mask, s);
-            for (int more = 1; more; ring.next()) {
-                Choosers next;
-                next.block = merge.next(&next.queries);
+            q_ring.next();
+            BlockMerge merge;
+            merge.begin(&x, mask, s);
+            for (int more = 1; more;) {
+                Chosen next;
+                next.block = merge.next(&next.choosers);
                 more = next.block >= 0;
-                barrier_wait(empty + ring.at, ring.parity ^ 1);
-                if (lane() > 0) continue;
-                chosen[ring.at] = next;
-                if (more) {
-                    barrier_expect(full + ring.at, STAGE_BYTES);
-                    copy_tile<D>(key_tile(ring.at), KEYS, k_map, x.b, next.block * KEYS, x.kv, full + ring.at);
-                    copy_tile<DV>(value_tile(ring.at), KEYS, v_map, x.b, next.block * KEYS, x.kv, full + ring.at);
-                } else {
-                    barrier_arrive(full + ring.at);
+                barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
+                if (lane() == 0) {
+                    chosen[k_ring.at] = next;
+                    if (more) {
+                        barrier_expect(k_full + k_ring.at, KEYS * D * 2);
+                        copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, k_map, x.b, next.block * KEYS, x.kv, k_full + k_ring.at);
+                    } else {
+                        barrier_arrive(k_full + k_ring.at);
+                    }
                 }
+                k_ring.next();
+                if (!more) continue;
+                barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
+                if (lane() == 0) {
+                    barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                }
+                v_ring.next();
             }
         }
     }
-    // Goes past the tiles that no query of this warpgroup chose; then the ring is at one of its tiles, or, with a block of -1, at the end of the group. A
-    // warpgroup still holds the tile before: so that the ring can move on, it takes one that nobody of it chose, for nothing, before all stages have gone by.
-    // The broadcast shows the compiler that all is the same for the whole warp.
-    __device__ Chosen next(Ring<STAGES> *ring, int slab, int tokens) const {
-        for (int passed = 0;; passed++, ring->next()) {
-            barrier_wait(full + ring->at, ring->parity);
-            const Choosers *of = chosen + ring->at;
-            const unsigned mine = (unsigned)(of->queries >> slab * tokens) & (unsigned)((1ull << tokens) - 1);
-            const Chosen now = {__shfl_sync(~0u, of->block, 0), __shfl_sync(~0u, mine, 0)};
-            if (now.block < 0 || now.choosers || passed == STAGES - 2) return now;
-            let_go(empty + ring->at);
-        }
+    // What was chosen with the tile of keys `at`. The broadcast shows the compiler that it is the same for the whole warp.
+    __device__ Chosen chosen_at(int at) const {
+        const Chosen now = {__shfl_sync(~0u, chosen[at].block, 0), __shfl_sync(~0u, chosen[at].choosers, 0)};
+        return now;
     }
 };
-// Whose the two rows of a lane are among the queries of its group.
-struct GroupRows { int query[2]; };
+// The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
+struct GroupRows { int query[2]; unsigned queries; };
 HOPPER_DEVICE static inline GroupRows group_rows(int G) {
-    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS + lane() / 4;
-    const GroupRows rows = {{first / G, (first + 8) / G}};
+    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
     return rows;
 }
 HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
 
-template <int D, int DV> using SelectedForward = SelectedBlock<D, DV, 0>;
+template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
 hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                                const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    typedef SelectedForward<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS;
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int slab = (int)threadIdx.x / WARPGROUP - 1;
-    Plan my;
-    my.begin(hopper_shared);
-    if (slab < 0) {
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
+    SelectedForward<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
         registers_fewer<MERGE_REGISTERS>();
-        my.bring(&q_map, NULL, &k_map, &v_map, &mask, &s);
+        if (slab < SLABS) my.bring(&q_map, NULL, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
@@ -3124,26 +3104,27 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
-    Ring<Plan::STAGES> ring;
-    for (int round = 0; query_group<SLABS>(&x, round, &s); round++) {
-        x.t0 += slab * tokens;
+    Ring<STAGES> k_ring, v_ring;
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
         Chosen now;
 
         const auto next_block = [&] {
-            now = my.next(&ring, slab, tokens);
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            now = my.chosen_at(k_ring.at);
             return now.block >= 0;
         };
         const auto issue_scores = [&] {
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile(slab), SLAB_ROWS, my.key_tile(ring.at), KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + k_ring.at * KEYS * D, KEYS);
             wgmma_commit();
         };
-        const auto issue_values = [&](int at) {
+        const auto issue_values = [&] {
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            factor_times_rows<DV, KEYS>(o, weights, my.value_tile(at));
+            factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
         const auto exponentials = [&] {
@@ -3181,51 +3162,53 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             for (int n = 0; n < KEYS / 16; n++) as_left_factor(weights[n], p + 2 * n);
         };
 
-        barrier_wait(my.q_full + slab, q_ring.parity);
+        barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
-        if (next_block()) {     // every query has one, but behind the end of a text
+        next_block();       // every query has one
+        issue_scores();
+        wgmma_wait<0>();
+        wgmma_done<KEYS>(p);
+        let_go(my.k_empty + k_ring.at);
+        k_ring.next();
+        exponentials();
+        as_weights();
+        while (next_block()) {
             issue_scores();
-            wgmma_wait<0>();
+            issue_values();
+            wgmma_wait<1>();
             wgmma_done<KEYS>(p);
-            int before = ring.at;       // the tile whose values are to be added
-            ring.next();
+            let_go(my.k_empty + k_ring.at);
+            k_ring.next();
             exponentials();
-            as_weights();
-            while (next_block()) {
-                issue_scores();
-                issue_values(before);
-                wgmma_wait<1>();
-                wgmma_done<KEYS>(p);
-                exponentials();
-                wgmma_wait<0>();
-                wgmma_done<DV>(o);
-                let_go(my.empty + before);
-                before = ring.at;
-                ring.next();
-                #pragma unroll
-                for (int n = 0; n < DV / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
-                as_weights();
-            }
-            issue_values(before);
             wgmma_wait<0>();
             wgmma_done<DV>(o);
-            let_go(my.empty + before);
+            let_go(my.v_empty + v_ring.at);
+            v_ring.next();
+            #pragma unroll
+            for (int n = 0; n < DV / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+            as_weights();
         }
-        let_go(my.empty + ring.at);
-        ring.next();
-        store_rows<DV>(out, lse, o, top, sum, my.q_tile(slab), SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        let_go(my.k_empty + k_ring.at);
+        k_ring.next();
+        issue_values();
+        wgmma_wait<0>();
+        wgmma_done<DV>(o);
+        let_go(my.v_empty + v_ring.at);
+        v_ring.next();
+        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
         shared_written();
-        let_go(my.q_empty + slab);
+        __syncwarp();
+        let_go(my.q_empty);
     }
     #endif
 }
 
 template <int SLABS>
 static unsigned query_group_blocks(const AttentionShape *s) {
-    const int64_t tokens = group_tokens<SLABS>(s);
-    return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
+    const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
+    return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
 }
 
 template <int D, int DV>
@@ -3368,22 +3351,23 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
 }
 
 // The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
-template <int D, int DV> using SelectedDq = SelectedBlock<D, DV, 1>;
+template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
 hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                           const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    typedef SelectedDq<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS;
+    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int slab = (int)threadIdx.x / WARPGROUP - 1;
-    Plan my;
-    my.begin(hopper_shared);
-    if (slab < 0) {
+    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
+    SelectedDq<D, DV> my;
+    my.begin(hopper_shared, slab);
+    if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
+    __syncthreads();
+    if (group == 0) {
         registers_fewer<MERGE_REGISTERS>();
-        my.bring(&q_map, &dout_map, &k_map, &v_map, &mask, &s);
+        if (slab < SLABS) my.bring(&q_map, &dout_map, &k_map, &v_map, slab, &mask, &s);
         return;
     }
 
@@ -3393,55 +3377,63 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     const GroupRows of = group_rows(G);
     RowTile x;
     Ring<1> q_ring;
-    Ring<Plan::STAGES> ring;
-    for (int round = 0; query_group<SLABS>(&x, round, &s); round++) {
-        x.t0 += slab * tokens;
+    Ring<3> k_ring;
+    Ring<2> v_ring;
+    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         unsigned slopes[KEYS / 16][4];
         RowStats of_row[2];
         #pragma unroll
         for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
-        barrier_wait(my.q_full + slab, q_ring.parity);
+        barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
-        int last = -1;      // the tile before this one
-        Chosen now = my.next(&ring, slab, tokens);
-        while (now.block >= 0) {
-            const bf16 *key_tile = my.key_tile(ring.at);
+        int last = -1;      // the tile of keys before this one
+        for (;;) {
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            const Chosen now = my.chosen_at(k_ring.at);
+            if (now.block < 0) break;
+            const bf16 *key_tile = my.key_tiles + k_ring.at * KEYS * D;
+            barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile(slab), SLAB_ROWS, key_tile, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
             wgmma_commit();
-            slab_times_turned<DV, KEYS>(dp, my.dout_tile(slab), SLAB_ROWS, my.value_tile(ring.at), KEYS);
+            slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
             wgmma_commit();
             wgmma_wait<0>();        // and before them the last tile's sum
             wgmma_done<KEYS>(p);
             wgmma_done<KEYS>(dp);
-            if (last >= 0) let_go(my.empty + last);
-            last = ring.at;
-            ring.next();
-            const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
-            const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+            if (last >= 0) let_go(my.k_empty + last);
+            let_go(my.v_empty + v_ring.at);
+            last = k_ring.at;
+            k_ring.next();
+            v_ring.next();
             #pragma unroll
-            for (int n = 0; n < KEYS / 8; n += 2) {
-                float ds[2][4];
+            for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
+            if (now.choosers & of.queries) {
+                const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+                const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
                 #pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
-                    ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    float ds[2][4];
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
+                        ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
+                    }
+                    as_left_factor(slopes[n / 2], ds);
                 }
-                as_left_factor(slopes[n / 2], ds);
             }
-            now = my.next(&ring, slab, tokens);     // while no product is under way, which the compiler would make wait
             wgmma_begin();
             factor_times_rows<D, KEYS>(sum, slopes, key_tile);
             wgmma_commit();
         }
-        let_go(my.empty + ring.at);
-        ring.next();
+        let_go(my.k_empty + k_ring.at);
+        k_ring.next();
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        if (last >= 0) let_go(my.empty + last);
-        let_go(my.q_empty + slab);
+        let_go(my.k_empty + last);
+        let_go(my.q_empty);
         store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
@@ -3850,7 +3842,7 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 //             block gets from the one before.
 //
 // Every warpgroup has its own queries and meets the tiles of keys that all share. The products with the next tile are on their way while this one's powers
-// of 2 are made, which alone take as long at D = 128 and twice as long at D = 64: a part of them is made of products and sums instead (FlashAttention-4).
+// of 2 are made, which alone take as long at D = 128 and twice as long at D = 64.
 
 enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128 };
 static int padded_heads(const AttentionShape *s) {
@@ -3863,19 +3855,6 @@ struct HopperImportance {
     enum { THREADS = (SLABS + 1) * WARPGROUP, BLOCK_TOKENS = SLABS * TOKENS, EDGES = 3 * 4 * TOKENS, BARRIERS = 2 * TILES + 2 * STAGES };
     enum { BYTES = (TILES * SLABS * COLUMNS + STAGES * KEYS) * D * 2 + BARRIERS * 8 + SLABS * EDGES * 4 };
 };
-// Of 8 powers of 2, those that are made of products and sums.
-template <int D> constexpr int importance_polynomials = D == 64 ? 1 : 0;
-
-// 2^x, x at most 0 and taken for -126 below: x is a whole number, which goes to the exponent, and a rest of at most 1/2, whose power is a polynomial (relative
-// error 8e-8).
-HOPPER_DEVICE static inline float power_of_2_of_products(float x) {
-    const float to_whole = 12582912;        // 1.5·2^23: the last bit of a sum with it is worth 1
-    x = fmaxf(x, -126);
-    const float whole = x + to_whole, rest = x - (whole - to_whole);
-    const float y = fmaf(fmaf(fmaf(fmaf(fmaf(1.3276472e-3f, rest, 9.67554133e-3f), rest, 5.55071327e-2f), rest, 2.40221197e-1f), rest, 6.93146967e-1f), rest, 1);
-    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(whole) << 23));
-}
-
 // The `round`-th tile of queries of this block, tokens t0 .. t0 + TOKENS - 1 of (b, kv), which are to know the importance of the first `blocks` blocks.
 typedef struct ChoiceTile { int b, kv, t0, blocks; } ChoiceTile;
 template <int TOKENS>
@@ -3889,7 +3868,7 @@ __device__ static inline int choice_tile(ChoiceTile *x, int round, int first_til
     return 1;
 }
 
-template <int D, int HEADS, int POLYNOMIALS>
+template <int D, int HEADS>
 __global__ void __launch_bounds__(HopperImportance<D, HEADS>::THREADS, 1)
 hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                          const __grid_constant__ CUtensorMap last_map, int64_t row0, int64_t rows, int first_tile, int tiles, AttentionShape s, SelectShape sel) {
@@ -4004,10 +3983,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
                     #pragma unroll
                     for (int h = 0; h < HEADS; h++)
                         #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const float power = of[set * HEADS / 2 + h / 2][i * 2 + h % 2] * scale2 - lse2[set][h];
-                            sum[i] += h * POLYNOMIALS % 8 < POLYNOMIALS ? power_of_2_of_products(power) : power_of_2(power);
-                        }
+                        for (int i = 0; i < 2; i++) sum[i] += power_of_2(of[set * HEADS / 2 + h / 2][i * 2 + h % 2] * scale2 - lse2[set][h]);
                     #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > t + set * 4) sum[i] = 0;
@@ -4068,7 +4044,7 @@ static int64_t hopper_select_chunk(const AttentionShape *s, const SelectShape *s
     return most > wave ? most / wave * wave : most;
 }
 
-template <int D, int HEADS, int POLYNOMIALS>
+template <int D, int HEADS>
 static void hopper_importance_of_shape(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
     typedef HopperImportance<D, HEADS> Plan;
     const TokenTiles tiles = tiles_of_rows(Plan::BLOCK_TOKENS, row0, rows, s);
@@ -4080,17 +4056,16 @@ static void hopper_importance_of_shape(float *importance, const bf16 *q, const b
     if (rest) last.size[1] = whole + 1, last.size[2] = rest;
     const CUtensorMap q_map = tensor_map_of_shape(q, &queries), k_map = tensor_map_of_shape(k, &keys), last_map = tensor_map_of_shape(k, &last);
     const unsigned blocks = (unsigned)min64(gpu.multiProcessorCount, tiles.count * s->KV);
-    allow_shared(hopper_importance_kernel<D, HEADS, POLYNOMIALS>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_importance_kernel<D, HEADS, POLYNOMIALS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows,
+    allow_shared(hopper_importance_kernel<D, HEADS>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_importance_kernel<D, HEADS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows,
                                                                                                   (int)tiles.first, (int)tiles.count, *s, *sel);
     LAUNCHED();
 }
 
 template <int D>
 static void hopper_importance_of_width(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    constexpr int POLYNOMIALS = importance_polynomials<D>;
-    const auto of_shape = padded_heads(s) == 4 ? hopper_importance_of_shape<D, 4, POLYNOMIALS> : padded_heads(s) == 8 ? hopper_importance_of_shape<D, 8, POLYNOMIALS>
-                        : padded_heads(s) == 16 ? hopper_importance_of_shape<D, 16, POLYNOMIALS> : hopper_importance_of_shape<D, 32, POLYNOMIALS>;
+    const auto of_shape = padded_heads(s) == 4 ? hopper_importance_of_shape<D, 4> : padded_heads(s) == 8 ? hopper_importance_of_shape<D, 8>
+                        : padded_heads(s) == 16 ? hopper_importance_of_shape<D, 16> : hopper_importance_of_shape<D, 32>;
     of_shape(importance, q, k, lse, row0, rows, s, sel);
 }
 

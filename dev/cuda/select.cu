@@ -166,15 +166,6 @@ static int check_all(void) {
 
 enum { RUNS = 9 };
 
-// hopper_importance with `POLYNOMIALS` of 8 powers of 2 made of products and sums, where the group is 16 heads: other sizes have one version.
-template <int POLYNOMIALS>
-static int hopper_version(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row, int64_t n, const AttentionShape *s, const SelectShape *sel) {
-    if (padded_heads(s) != 16) return 0;
-    if (s->D == 64) hopper_importance_of_shape<64, 16, POLYNOMIALS>(importance, q, k, lse, row, n, s, sel);
-    else hopper_importance_of_shape<128, 16, POLYNOMIALS>(importance, q, k, lse, row, n, s, sel);
-    return 1;
-}
-
 static int bench(int64_t T, int H, int KV, int D) {
     const SelectShape sel = paper;
     const Mask mask = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL};
@@ -203,15 +194,7 @@ static int bench(int64_t T, int H, int KV, int D) {
     const auto report_bytes = [&](const char *name, double ms, double count) { printf("%-44s %8.3f ms  %6.0f GB/s\n", name, ms, count * 4 / ms * 1e-6); };
     report_scores("weights, mma.sync", each(chunk, [&](int64_t row, int64_t n) { fast_select_weights(weights, q, k, lse, row, n, &s, &sel); }));
     report_bytes("importances of the weights", each(chunk, [&](int64_t row, int64_t n) { gpu_importance(importance, weights, row, n, &s, &sel); }), numbers * (1 + 1 / per_block));
-    const auto report_version = [&](auto version, const char *name) {
-        if (hopper && padded_heads(&s) == 16) report_scores(name, each(hopper_chunk, [&](int64_t row, int64_t n) { version(importance, q, k, lse, row, n, &s, &sel); }));
-    };
-    report_version(hopper_version<0>, "importances, Hopper, no power of products");
-    report_version(hopper_version<1>, "importances, Hopper, 1 of 8 of products");
-    report_version(hopper_version<2>, "importances, Hopper, 2 of 8");
-    report_version(hopper_version<3>, "importances, Hopper, 3 of 8");
-    report_version(hopper_version<4>, "importances, Hopper, 4 of 8");
-    if (hopper) report_scores("importances, Hopper, as the model runs it", each(hopper_chunk, [&](int64_t row, int64_t n) { hopper_importance(importance, q, k, lse, row, n, &s, &sel); }));
+    if (hopper) report_scores("importances, Hopper", each(hopper_chunk, [&](int64_t row, int64_t n) { hopper_importance(importance, q, k, lse, row, n, &s, &sel); }));
     // The choice of the importances of the last chunk, but for version 1, which destroys them: what it costs hardly depends on them.
     report_bytes("choice, version 2", each(hopper_chunk, [&](int64_t row, int64_t n) { select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }), numbers / per_block);
     report_bytes("choice, version 1", each(hopper_chunk, [&](int64_t row, int64_t n) { select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }),
