@@ -68,7 +68,7 @@ static int check_all(void) {
 static int bench(int64_t T, int H, int KV, int D) {
     const SelectShape sel = {32, 16, 64, 16, 1, 2};
     const Mask mask = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL};
-    AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D};
+    AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D, 0};
     s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     if (!fast_attention(&s, &mask)) die(2, "bench: the fast tier takes D = 64 and 128");
     const int64_t rows = T * KV, chunk = select_chunk(&s, &sel), nq = T * H * D, nk = s.Tk * KV * D;
