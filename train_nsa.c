@@ -707,6 +707,10 @@ DEVICE static inline int piece_number(const Pieces *p, int part, int i) { return
 static inline int own_part(const Pieces *p) { return comm.rank % p->parts; }
 static inline int own_piece(const Pieces *p, int i) { return piece_number(p, own_part(p), i); }
 static inline int64_t piece_start(const Pieces *p, int i) { return own_piece(p, i) * p->length; }      // position of the first token of this rank's i-th
+// Where row x of a part is among those of the B texts (B,text).
+DEVICE static inline int64_t row_of_texts(const Pieces *p, int part, int64_t x, int64_t B) {
+    return x / p->length % B * p->text + piece_number(p, part, (int)(x / p->length / B)) * p->length + x % p->length;
+}
 
 // Among the ranks that share B texts, of whose pieces `in` and `out` (B,all) have `bytes` each. Every rank gets the others' pieces of `out`,
 // at their places in `in`. Or with `sums` what the others have at the places of its own: rank r's comes to the places of r's pieces.
@@ -5916,8 +5920,8 @@ void model_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
 static void residual_dropout(real *y, const Model *m, int64_t T, int64_t n, int site, const StepInfo *info) {
     const Pieces p = pieces_of(m->parts, T);
     const int64_t C = m->config.hidden_size, B = n / T, size = p.length * C;
-    for (int64_t x = 0; info && x < p.own * B; x++)     // piece x / B of sequence x % B
-        dropout_apply(y + x * size, size, ((info->first_sequence + x % B) * p.text + piece_start(&p, (int)(x / B))) * C, info->dropout, info->seed, info->step, site);
+    for (int64_t x = 0; info && x < p.own * B; x++)
+        dropout_apply(y + x * size, size, (info->first_sequence * p.text + row_of_texts(&p, own_part(&p), x * p.length, B)) * C, info->dropout, info->seed, info->step, site);
 }
 
 static void add_residual(real *out, const real *x, const real *y, int64_t n) {
@@ -5952,28 +5956,25 @@ static TextKeys text_keys(const Model *m, real *wide, const WideRow *row, const 
     keys.row = keys_width(row);
     if (again) return keys;
     #pragma omp parallel for
-    for (int64_t x = 0; x < p->own * B; x++)
-        for (int64_t t = 0; t < p->length; t++)
-            memcpy(keys.x + ((x % B) * p->text + piece_start(p, (int)(x / B)) + t) * keys.row, wide + (x * p->length + t) * row->size + row->k[0], (size_t)keys.row * sizeof(real));
+    for (int64_t x = 0; x < p->own * p->length * B; x++)
+        memcpy(keys.x + row_of_texts(p, own_part(p), x, B) * keys.row, wide + x * row->size + row->k[0], (size_t)keys.row * sizeof(real));
     comm_exchange_pieces((char *)keys.x, (const char *)keys.x, p, B, p->length * keys.row * (int64_t)sizeof(real), 0);
     return keys;
 }
 
 // The way back of their gradients: dwide = the sums over the ranks of what each has for this one's rows, in the order of the ranks. Overwrites work.keys.
 static void text_keys_backward(const Model *m, real *dwide, const WideRow *row, const Pieces *p, int64_t B) {
-    const int64_t width = keys_width(row), size = p->length * width;
+    const int64_t width = keys_width(row);
     const int me = own_part(p);
     real *theirs = m->scratch.keys;
     const real *mine = m->scratch.dkeys;
-    comm_exchange_pieces((char *)theirs, (const char *)mine, p, B, size * (int64_t)sizeof(real), 1);
+    comm_exchange_pieces((char *)theirs, (const char *)mine, p, B, p->length * width * (int64_t)sizeof(real), 1);
     #pragma omp parallel for
-    for (int64_t x = 0; x < p->own * B; x++)
+    for (int64_t x = 0; x < p->own * p->length * B; x++)
         for (int part = 0; part < p->parts; part++) {
-            const real *from = (part == me ? mine : theirs) + ((x % B) * p->all + piece_number(p, part, (int)(x / B))) * size;
-            for (int64_t t = 0; t < p->length; t++) {
-                real *to = dwide + (x * p->length + t) * row->size + row->k[0];
-                for (int64_t j = 0; j < width; j++) to[j] = (part ? to[j] : 0) + from[t * width + j];
-            }
+            const real *from = (part == me ? mine : theirs) + row_of_texts(p, part, x, B) * width;
+            real *to = dwide + x * row->size + row->k[0];
+            for (int64_t j = 0; j < width; j++) to[j] = (part ? to[j] : 0) + from[j];
         }
 }
 
