@@ -707,9 +707,10 @@ DEVICE static inline int piece_number(const Pieces *p, int part, int i) { return
 static inline int own_part(const Pieces *p) { return comm.rank % p->parts; }
 static inline int own_piece(const Pieces *p, int i) { return piece_number(p, own_part(p), i); }
 static inline int64_t piece_start(const Pieces *p, int i) { return own_piece(p, i) * p->length; }      // position of the first token of this rank's i-th
-// Where row x of a part is among those of the B texts (B,text).
+// Where row x of a part is among those of the B texts (B,text). The rows of a micro-batch are as many as an int has numbers.
 DEVICE static inline int64_t row_of_texts(const Pieces *p, int part, int64_t x, int64_t B) {
-    return x / p->length % B * p->text + piece_number(p, part, (int)(x / p->length / B)) * p->length + x % p->length;
+    const uint32_t length = (uint32_t)p->length, texts = (uint32_t)B, run = (uint32_t)x / length;       // run: which (piece, sequence)
+    return run % texts * p->text + piece_number(p, part, (int)(run / texts)) * p->length + (uint32_t)x % length;
 }
 
 // Among the ranks that share B texts, of whose pieces `in` and `out` (B,all) have `bytes` each. Every rank gets the others' pieces of `out`,

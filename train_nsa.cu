@@ -894,11 +894,15 @@ static Dropout dropout_at(const Model *g, int64_t B, int64_t T, int site, const 
     return d;
 }
 
-// What dropout multiplies number i of its site by.
-__device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
+// The element that a row begins with.
+__device__ static inline int64_t dropout_row(const Dropout *d, int64_t row) {
+    return d->first + (d->pieces.parts > 1 ? row_of_texts(&d->pieces, d->part, row, d->B) : row) * d->c;
+}
+
+// What dropout multiplies element e of its site by.
+__device__ static inline float dropout_factor(const Dropout *d, int64_t e) {
     if (d->p <= 0) return 1;
     uint32_t word[4];
-    const int64_t e = d->first + (d->pieces.parts == 1 ? i : row_of_texts(&d->pieces, d->part, i / d->c, d->B) * d->c + i % d->c);
     dropout_words(word, e / 4, d->seed, d->step, d->site);
     return word[e % 4] < dropout_limit(d->p) ? 0 : (float)(1 / (1 - d->p));
 }
@@ -906,20 +910,22 @@ __device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
 template <typename F>
 __global__ void embed_kernel(F *out, const int *tokens, const F *embed, int64_t c, Dropout d) {
     const F *row = embed + tokens[blockIdx.x] * c;
-    for (int64_t j = threadIdx.x, i = blockIdx.x * c + j; j < c; j += blockDim.x, i += blockDim.x) out[i] = (F)((float)row[j] * dropout_factor(&d, i));
+    const int64_t e = dropout_row(&d, blockIdx.x);
+    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) out[blockIdx.x * c + j] = (F)((float)row[j] * dropout_factor(&d, e + j));
 }
 
+// A block a row.
 template <typename F>
-__global__ void dropout_kernel(F *out, const F *x, int64_t n, Dropout d) {
-    const int64_t i = global_thread();
-    if (i < n) out[i] = (F)((float)x[i] * dropout_factor(&d, i));
+__global__ void dropout_kernel(F *out, const F *x, Dropout d) {
+    const int64_t e = dropout_row(&d, blockIdx.x), at = blockIdx.x * d.c;
+    for (int64_t j = threadIdx.x; j < d.c; j += blockDim.x) out[at + j] = (F)((float)x[at + j] * dropout_factor(&d, e + j));
 }
 
 // The gradient behind dropout: dx itself where there is none, else in `spare`.
 template <typename F>
-static const F *dropout_backward(F *spare, const F *dx, int64_t n, Dropout d) {
+static const F *dropout_backward(F *spare, const F *dx, int64_t rows, Dropout d) {
     if (d.p <= 0) return dx;
-    dropout_kernel<<<grid(n, THREADS), THREADS>>>(spare, dx, n, d);
+    dropout_kernel<<<grid(rows, 1), THREADS>>>(spare, dx, d);
     LAUNCHED();
     return spare;
 }
@@ -945,12 +951,13 @@ __global__ void add_norm_kernel(F *out, F *norm, float *rstd, const F *x, const 
     const int64_t i = global_warp();
     if (i >= n) return;
     const F *row = y ? out + i * c : x + i * c;
+    const int64_t e = dropout_row(&d, i);
     float sum = 0;
     for (int64_t j = lane() * N; j < c; j += WARP * N) {
         Pack<F, N> a = load<N>(x + i * c + j);
         if (y) {
             const Pack<F, N> b = load<N>(y + i * c + j);
-            for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] + (float)b.of[v] * dropout_factor(&d, i * c + j + v));
+            for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] + (float)b.of[v] * dropout_factor(&d, e + j + v));
             store<N>(out + i * c + j, a);
         }
         for (int v = 0; v < N; v++) sum += (float)a.of[v] * (float)a.of[v];
@@ -974,7 +981,7 @@ static void gpu_add_norm(F *out, F *norm, float *rstd, const F *x, const F *y, c
 
 template <typename F>
 static void gpu_rmsnorm_forward(F *norm, float *rstd, const F *x, const float *weight, int64_t n, int64_t c, double eps) {
-    const Dropout none = {0, 0, 0, 0, 0};
+    const Dropout none = {0, 0, 0, 0, 0, 0, {1, 1, 1, 0, 0}, 0, 0};
     gpu_add_norm<F>(NULL, norm, rstd, x, NULL, weight, n, c, eps, none);
 }
 
@@ -5068,7 +5075,7 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
-    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(g, B, T, 2 * layer + 2, info));
+    const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 2, info));
     gpu_norm_again<F>(s->norm, a->rstd2, a->mid, small(g, w->norm2), N, C);
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
@@ -5165,7 +5172,7 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
         gpu_branches_sum(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
         attention = s->attention;
     }
-    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(g, B, T, 2 * layer + 1, info));
+    const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 1, info));
     gpu_linear_backward(s->dattention, HDv, grad_of(g, w->o), dy, C, attention, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
     gpu_attention_core_backward<F>(g, layer, B, T);
     gpu_norm_again<F>(s->norm, a->rstd1, a->x, small(g, w->norm1), N, C);
@@ -5239,7 +5246,7 @@ static double gpu_forward_backward(Model *m, const int *tokens, const int *targe
         gpu_attention_layer_backward<F>(g, l, B, T, info);
         bucket_done(g, 1 + l, info);
     }
-    dropout_backward(s->dx, s->dx, N * g->config.hidden_size, dropout_at(g, B, T, 0, info));      // in place
+    dropout_backward(s->dx, s->dx, N, dropout_at(g, B, T, 0, info));      // in place
     gpu_embed_backward<F>(g, tokens, N);
     bucket_done(g, 0, info);
     return mean_loss(s->loss, N);
