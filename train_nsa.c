@@ -7481,23 +7481,30 @@ void print_plan(const Run *run) {
     double matrices, attention;
     int64_t state;
     device_plan();
-    const double params = (double)count_state(c, &state), bytes = (double)device_bytes(c, o->batch, o->seq_len, o->recompute, 1, &table);
+    const double params = (double)count_state(c, &state), bytes = (double)device_bytes(c, o->batch, part_tokens(o), o->recompute, 1, &table);
     token_flops(c, T, &matrices, &attention);
     // Backward: two products for each of forward's, five of attention's for its two. -r 2 makes forward again, -r 1 (about) its FFN's half.
     const double forward = matrices + attention, backward = 2 * matrices + 2.5 * attention + (o->recompute > 1 ? forward : o->recompute ? matrices / 2 : 0);
     const double rate = o->tflops * 1e12, link = o->link * 1e9, sent = N > 1 ? (N - 1) / N * 4 * params : 0;
     const double back = ON_GPU && o->zero && c->torch_dtype == DTYPE_BF16 ? sent / 2 : sent;      // gradients or weights
-    const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * T * backward / rate;
+    const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * part_tokens(o) * backward / rate;
     const double embedding = sent * (double)c->vocab_size * c->hidden_size / params;      // the last bucket: nothing is left to hide it
     const double reduce = (o->zero ? sent : sent + back) / link, hidden = fmin(micro, reduce * (1 - embedding / fmax(sent, 1))), gather = o->zero ? back / link : 0;
-    const double step = compute + reduce - hidden + gather;
-    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d ranks x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
-           human_count((double)o->total_batch), run->ranks, run->accumulation, o->batch, o->seq_len);
+    // Of each layer: keys and values go to the other parts in forward and again for backward, which sends their gradients back.
+    double keys = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        const WideRow row = wide_row(c, l);
+        keys += 3 * (double)(comm.parts - 1) * tokens * (double)keys_width(&row) * (ON_GPU && c->torch_dtype == DTYPE_BF16 ? 2 : 4);
+    }
+    const double step = compute + reduce - hidden + gather + keys / link;
+    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d %s x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
+           human_count((double)o->total_batch), run->groups, comm.parts > 1 ? "groups of ranks" : "ranks", run->accumulation, o->batch, o->seq_len);
     printf("memory     %s on each rank%s\n%s", human_bytes(bytes), o->zero && N > 1 ? ", with its share of AdamW's state (-z 1)" : "", table.data);
     printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(sent + back),
            !o->zero ? ", both ways" : back < sent ? " one way, weights in bf16 back" : " one way, weights in f32 back");
+    if (comm.parts > 1) printf("           %s besides: keys and values, and their gradients, of the %d ranks that share each sequence\n", human_bytes(keys), comm.parts);
     printf("compute    %s a token, forward and backward: %.3g s a step at %g TFLOP/s (--tflops)\n", human((forward + backward), "FLOP"), compute, o->tflops);
-    printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather, o->link, hidden);
+    printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather + keys / link, o->link, hidden);
     printf("step       %.3g s, %s tok/s; %.1f%% of it is compute\n", step, human_count((double)o->total_batch / step), 100 * compute / step);
     free(table.data);
 }
