@@ -2613,7 +2613,7 @@ static const Option train_options[] = {
     {'b', "batch", OPT_INT, OF_RUN, AT(batch), "B", 1, 1 << 20, MICRO_BATCH,
      "sequences of one micro-batch"},
     {'d', "total-batch", OPT_COUNT, OF_RUN, AT(total_batch), "TOKENS", 1, 1e12, "B*T a rank",
-     "tokens of one step, a multiple of B*T and of the ranks (of P with --context-parallel): the gradients of several micro-batches are summed"},
+     "tokens of one step, a multiple of B*T and of the ranks (or groups of P ranks): the gradients of several micro-batches are summed"},
     {'l', "lr", OPT_FLOAT, OF_RUN, AT(lr), "X", 0, 10, "from the width: 2e-3 at 128, 6e-4 at 768",
      "peak learning rate"},
     {'u', "warmup", OPT_COUNT, OF_RUN, AT(warmup), "N", 0, 1e12, "steps/15, at most 2000",
@@ -7497,8 +7497,8 @@ void print_plan(const Run *run) {
         keys += 3 * (double)(comm.parts - 1) * tokens * (double)keys_width(&row) * (ON_GPU && c->torch_dtype == DTYPE_BF16 ? 2 : 4);
     }
     const double step = compute + reduce - hidden + gather + keys / link;
-    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d %s x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
-           human_count((double)o->total_batch), run->groups, comm.parts > 1 ? "groups of ranks" : "ranks", run->accumulation, o->batch, o->seq_len);
+    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d %s%s x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
+           human_count((double)o->total_batch), run->groups, comm.parts > 1 ? "group" : "rank", run->groups > 1 ? "s" : "", run->accumulation, o->batch, o->seq_len);
     printf("memory     %s on each rank%s\n%s", human_bytes(bytes), o->zero && N > 1 ? ", with its share of AdamW's state (-z 1)" : "", table.data);
     printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(sent + back),
            !o->zero ? ", both ways" : back < sent ? " one way, weights in bf16 back" : " one way, weights in f32 back");
