@@ -70,8 +70,8 @@ halfway mixed
 cp mixed/latest/state-00001-of-00002.safetensors mixed/latest/state-00002-of-00002.safetensors
 bad 1 'are missing' -y -o mixed
 
-# --- --context-parallel: ranks that share each sequence do what one does; pieces of 50 or 25 tokens end inside blocks
-pieces='-t 200 -b 1 -d 400 -x 20 --preset paper --cmp-block 8 --cmp-stride 4 --sel-block 8 --sel-blocks 5 --window 24'
+# --- --context-parallel: ranks that share each sequence do what one does; pieces of 30 or 15 tokens end inside blocks
+pieces='-t 120 -b 1 -d 240 -x 8 -m 2 --preset paper --cmp-block 8 --cmp-stride 4 --sel-block 8 --sel-blocks 5 --window 24'
 apart=1e-5
 shared() { # NAME "RANKS P" OPTIONS...
     of=$1 n=${2% *} P=${2#* }; shift 2
@@ -91,11 +91,11 @@ for n in 1 2.2; do grep -o '"gates":.*' routed.$n/log.jsonl | sed 's/\.\([0-9]\{
 check 'the gates and the loads are those of all parts' cmp gates.1.txt gates.2.2.txt
 # a run goes on with other ranks and other parts, and writes the same samples
 for n in 1 2; do
-    if [ $n -eq 1 ]; then good $small $pieces -n 10 --keep 0 -s 10 -g 8 -o half.1
-    else together 2 $how $small $pieces -n 10 --keep 0 -s 10 -g 8 -o half.2 --context-parallel 2; fi
+    if [ $n -eq 1 ]; then good $small $pieces -n 4 --keep 0 -s 4 -g 8 -o half.1
+    else together 2 $how $small $pieces -n 4 --keep 0 -s 4 -g 8 -o half.2 --context-parallel 2; fi
     sed -n '/^--- sample/,/^---$/p' "$([ $n -eq 1 ] && echo out.txt || echo run.out)" > sample.$n.txt
-    rm -r half.$n/step_00000020 half.$n/latest half.$n/best
-    ln -s step_00000010 half.$n/latest
+    rm -r half.$n/step_00000008 half.$n/latest half.$n/best
+    ln -s step_00000004 half.$n/latest
 done
 check 'the samples are the same' cmp sample.1.txt sample.2.txt
 good -y -o half.2
