@@ -7628,9 +7628,9 @@ void run_model(Run *run, Model *model) {
     int64_t machine = device_memory();
     run->memory = device_bytes(&run->config, o->batch, part_tokens(o), o->recompute, train, &table);
     if (machine && run->memory > machine)
-        die(2, "this needs %s of memory and the machine has %s: use a smaller -b (%d) or -t (%d)%s",
+        die(2, "this needs %s of memory and the machine has %s: use a smaller -b (%d) or -t (%d)%s%s",
             human_bytes((double)run->memory), human_bytes((double)machine), o->batch, o->seq_len,
-            train && o->recompute < 2 ? ", or -r 2" : "");
+            train && o->recompute < 2 ? ", or -r 2" : "", run->groups > 1 ? ", or a larger --context-parallel" : "");
     model_create(model, &run->config);
     model->stochastic_rounding = o->stochastic_rounding;
     device_alloc(model, o->batch, part_tokens(o), o->recompute, train);
