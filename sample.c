@@ -1756,7 +1756,7 @@ static void decode_ffn(Decoder *d, int layer) {
     }
     if (!layer_is_moe(c, layer)) return;
     const Experts<F> e = {a->x, a->ffn, width > 0 ? a->x : a->mid, a->mid, w->norm2, a->share, matrix<F>(g, w->experts), a->choice, c->rms_norm_eps,
-                          c->num_experts_per_tok, moe_shape(c, rows, NULL)};
+                          c->num_experts_per_tok, moe_shape(c, rows, 1, NULL)};
     linear(a->stream, a->router, NULL, w->norm2, c->rms_norm_eps, a->mid, matrix<F>(g, w->router), rows, C, c->num_experts, 0);
     launch(a->stream, route_kernel, grid(rows, WARPS), THREADS, 0, a->choice, a->share, a->router, rows, c->num_experts, e.k);
     launch(a->stream, expert_up_kernel<F>, grid(rows * e.k * e.s.F, WARPS), THREADS, 0, e);

@@ -119,13 +119,14 @@ static void one_line(char *line, size_t size, const char *fmt, va_list ap) {
 typedef struct Comm {
     int rank, ranks, local_rank;    // local: among those of this host
     int shards;         // ranks that share the state of AdamW among them (-z 1), else 1
+    int parts;          // neighbouring ranks that share each sequence (--context-parallel), else 1
     int mpi, *sockets;  // how to reach the others
     int together;       // in a phase that all ranks end together, and hear who failed in it
     int started;        // the first step is done
     int failed;         // the run ends, and nobody waits for the others
     double timeout, last_tick;      // seconds
 } Comm;
-Comm comm = {0, 1, 0, 1, 0, NULL, 0, 0, 0, 45, 0};
+Comm comm = {0, 1, 0, 1, 1, 0, NULL, 0, 0, 0, 45, 0};
 
 int comm_agree(int code, char *err);
 __attribute__((noreturn)) void comm_quit(int code);
@@ -690,6 +691,59 @@ void comm_all_gather(real *x, int64_t begin, int64_t end) {
         comm_exchange(p);
     }
     free(p);
+}
+
+// A text that `parts` ranks share is cut into pieces of equal length, two for each. Part p has pieces p and 2·parts - 1 - p: the queries of the one
+// see few keys, those of the other many, so that all parts have as much to attend to. The rows of a part are (own,B,length).
+typedef struct Pieces { int parts, own, all; int64_t length, text; } Pieces;       // pieces of a part, of a text; tokens of a piece, of a text
+
+// T: tokens of the text that each part has.
+static inline Pieces pieces_of(int parts, int64_t T) {
+    const int own = parts > 1 ? 2 : 1;
+    const Pieces p = {parts, own, parts * own, T / own, T * parts};
+    return p;
+}
+DEVICE static inline int piece_number(const Pieces *p, int part, int i) { return i ? p->all - 1 - part : part; }
+static inline int own_part(const Pieces *p) { return comm.rank % p->parts; }
+static inline int own_piece(const Pieces *p, int i) { return piece_number(p, own_part(p), i); }
+static inline int64_t piece_start(const Pieces *p, int i) { return own_piece(p, i) * p->length; }      // position of the first token of this rank's i-th
+// Where row x of a part is among those of the B texts (B,text). The rows of a micro-batch are as many as an int has numbers.
+DEVICE static inline int64_t row_of_texts(const Pieces *p, int part, int64_t x, int64_t B) {
+    const uint32_t length = (uint32_t)p->length, texts = (uint32_t)B, run = (uint32_t)x / length;       // run: which (piece, sequence)
+    return run % texts * p->text + piece_number(p, part, (int)(run / texts)) * p->length + (uint32_t)x % length;
+}
+
+// Among the ranks that share B texts, of whose pieces `in` and `out` (B,all) have `bytes` each. Every rank gets the others' pieces of `out`,
+// at their places in `in`. Or with `sums` what the others have at the places of its own: rank r's comes to the places of r's pieces.
+void comm_exchange_pieces(char *in, const char *out, const Pieces *pieces, int64_t B, int64_t bytes, int sums) {
+    const int me = own_part(pieces);
+    const int64_t most = 8 * COMM_CHUNK;
+    Parcel *p = parcels_new();
+    for (int64_t b = 0; b < B; b++)
+        for (int i = 0; i < pieces->own; i++)
+            for (int64_t at = 0; at < bytes; at += most) {
+                const int64_t n = min64(most, bytes - at), mine = (b * pieces->all + piece_number(pieces, me, i)) * bytes + at;
+                memset(p, 0, (size_t)comm.ranks * sizeof *p);
+                for (int part = 0; part < pieces->parts; part++) {
+                    const int64_t theirs = (b * pieces->all + piece_number(pieces, part, i)) * bytes + at;
+                    const Parcel parcel = {out + (sums ? theirs : mine), in + theirs, n, n};
+                    if (part != me) p[comm.rank - me + part] = parcel;
+                }
+                comm_exchange(p);
+            }
+    free(p);
+}
+
+// x (n): the sums over the ranks that share texts.
+void comm_sum_parts(int64_t *x, int64_t n) {
+    const Pieces one = {comm.parts, 1, comm.parts, 0, 0};
+    const int64_t bytes = n * (int64_t)sizeof(int64_t);
+    int64_t *all = (int64_t *)xmalloc((size_t)(comm.parts * bytes));
+    memcpy(all + own_part(&one) * n, x, (size_t)bytes);
+    comm_exchange_pieces((char *)all, (const char *)all, &one, 1, bytes, 0);
+    memset(x, 0, (size_t)bytes);
+    for (int64_t i = 0; i < comm.parts * n; i++) x[i % n] += all[i];
+    free(all);
 }
 
 // What a rank tells the others when they meet.
@@ -2454,7 +2508,7 @@ typedef struct Options {
     double lr, final_lr_frac, weight_decay, beta1, beta2, eps, grad_clip, dropout;
     int schedule, cycles;
     int64_t val_every, val_steps, sample_every, sample_len, checkpoint_every, keep, early_stop;
-    int recompute, zero, overfit, skip_bad_steps, threads;
+    int recompute, zero, context_parallel, overfit, skip_bad_steps, threads;
     const char *init;
     double timeout, tflops, link;
     int plan, ranks;
@@ -2503,6 +2557,7 @@ Options options_default(void) {
     o.keep = 2;
     o.seed = 1337;
     o.timeout = comm.timeout;
+    o.context_parallel = 1;
     o.ranks = 1;
     o.tflops = PLAN_TFLOPS;
     o.link = PLAN_LINK;
@@ -2558,7 +2613,7 @@ static const Option train_options[] = {
     {'b', "batch", OPT_INT, OF_RUN, AT(batch), "B", 1, 1 << 20, MICRO_BATCH,
      "sequences of one micro-batch"},
     {'d', "total-batch", OPT_COUNT, OF_RUN, AT(total_batch), "TOKENS", 1, 1e12, "B*T a rank",
-     "tokens of one step, a multiple of B*T and of the ranks: the gradients of several micro-batches are summed"},
+     "tokens of one step, a multiple of B*T and of the ranks (or groups of P ranks): the gradients of several micro-batches are summed"},
     {'l', "lr", OPT_FLOAT, OF_RUN, AT(lr), "X", 0, 10, "from the width: 2e-3 at 128, 6e-4 at 768",
      "peak learning rate"},
     {'u', "warmup", OPT_COUNT, OF_RUN, AT(warmup), "N", 0, 1e12, "steps/15, at most 2000",
@@ -2661,6 +2716,8 @@ static const Option train_options[] = {
      "compute again in the backward pass instead of keeping: 1 the FFNs, 2 whole layers"},
     {'z', "zero", OPT_INT, OF_CALL, AT(zero), "N", 0, 1, NULL,
      "1 shards the state of AdamW over the ranks; a run goes on with any number of them"},
+    {0, "context-parallel", OPT_INT, OF_CALL, AT(context_parallel), "P", 1, 1 << 16, NULL,
+     "ranks that share each sequence, for contexts longer than the memory of one; P divides the ranks, 2P divides -t"},
     {0, "init", OPT_TEXT, OF_CALL, AT(init), "HOW", 0, 0, "mpi, under mpirun",
      "how several ranks find each other: mpi, file:PATH that all see, or tcp:HOST:PORT of rank 0"},
     {0, "timeout", OPT_FLOAT, OF_CALL, AT(timeout), "SECONDS", 1, 1e6, NULL,
@@ -4451,17 +4508,18 @@ DEVICE static inline int64_t compressed_seen(int64_t t, int block, int stride) {
     return t + 1 < block ? 0 : (t + 1 - block) / stride + 1;
 }
 
-// The keys [lo, hi) that query t may see (selection: within its blocks).
+// The keys [lo, hi) that the query at position t may see (selection: within its blocks).
 DEVICE static inline void key_range(const Mask *mask, int64_t t, int64_t *lo, int64_t *hi) {
     *lo = mask->kind == MASK_WINDOW ? max64(0, t - mask->window + 1) : 0;
     *hi = mask->kind == MASK_COMPRESSED ? compressed_seen(t, mask->block, mask->stride) : t + 1;
 }
 
-// Sizes of an attention call. q (B,T,H,D), k (B,Tk,KV,D), v (B,Tk,KV,Dv): tokens lie q_row, k_row, v_row numbers apart.
+// Sizes of an attention call. q (B,T,H,D), k (B,Tk,KV,D), v (B,Tk,KV,Dv): tokens lie q_row, k_row, v_row numbers apart. Query t is the one of
+// position t0 + t: more than 0 where q is a piece of the text (--context-parallel).
 typedef struct AttentionShape {
     int64_t B, T, Tk;
     int H, KV, D, Dv;
-    int64_t q_row, k_row, v_row;
+    int64_t q_row, k_row, v_row, t0;
 } AttentionShape;
 
 enum { TILE_ROWS = 768, CHUNK_ROWS = 96, KEY_BLOCK = 64 };
@@ -4494,8 +4552,8 @@ typedef struct Visits { int64_t first, blocks; int *start, *count, *queries; int
 
 static void find_visits(Visits *visits, const Mask *mask, const AttentionShape *s, int64_t b, int kv, int64_t t0, int64_t t1) {
     int64_t block = key_block(mask), lo, hi, unused;
-    key_range(mask, t0, &lo, &unused);
-    key_range(mask, t1 - 1, &unused, &hi);
+    key_range(mask, s->t0 + t0, &lo, &unused);
+    key_range(mask, s->t0 + t1 - 1, &unused, &hi);
     visits->first = lo / block;
     visits->blocks = hi > lo ? (hi + block - 1) / block - visits->first : 0;
     visits->consecutive = mask->kind != MASK_SELECTED;
@@ -4503,8 +4561,8 @@ static void find_visits(Visits *visits, const Mask *mask, const AttentionShape *
         for (int64_t t = t0; t < t1; t++) visits->queries[t - t0] = (int)(t - t0);
         for (int64_t j = 0, from = t0, to = t0; j < visits->blocks; j++) {
             int64_t k0 = (visits->first + j) * block;       // query t visits iff lo(t) < k0 + block and hi(t) > k0
-            for (; from < t1; from++) { key_range(mask, from, &lo, &hi); if (hi > k0) break; }
-            for (to = max64(to, from); to < t1; to++) { key_range(mask, to, &lo, &hi); if (lo >= k0 + block) break; }
+            for (; from < t1; from++) { key_range(mask, s->t0 + from, &lo, &hi); if (hi > k0) break; }
+            for (to = max64(to, from); to < t1; to++) { key_range(mask, s->t0 + to, &lo, &hi); if (lo >= k0 + block) break; }
             visits->start[j] = (int)(from - t0);
             visits->count[j] = (int)(to - from);
         }
@@ -4631,7 +4689,7 @@ void attention_forward(real *out, real *lse, const real *q, const real *k, const
                 block_multiply(count * G, width, D, qc, D, 1, side_j, row, w.scores, row, 0);
                 for (int64_t i = 0; i < count; i++) {
                     int64_t lo, hi;
-                    key_range(mask, t0 + queries[i], &lo, &hi);
+                    key_range(mask, s->t0 + t0 + queries[i], &lo, &hi);
                     for (int64_t g = 0; g < G; g++)
                         softmax_row(w.scores + (i * G + g) * row, max64(lo - k0, 0), min64(hi - k0, keys), width,
                                     &w.max[queries[i] * G + g], &w.sum[queries[i] * G + g], oc + (i * G + g) * Dv, s->Dv);
@@ -4715,7 +4773,7 @@ void attention_backward(real *dq, real *dk, real *dv, const real *dout, const re
                     for (int64_t r = 0; r < rows; r++) {
                         const int64_t i = queries[r / G];
                         int64_t lo, hi;
-                        key_range(mask, t0 + i, &lo, &hi);
+                        key_range(mask, s->t0 + t0 + i, &lo, &hi);
                         real *p = w.scores + r * row, *ds = w.dscores + r * row;
                         const real top = w.max[i * G + r % G], delta = w.sum[i * G + r % G];
                         hide_outside(p, max64(lo - k0, 0), min64(hi - k0, keys), width);
@@ -4977,7 +5035,7 @@ void choose_blocks(int *idx, const real *importance, int64_t blocks, const Selec
 static inline int64_t select_queries(const AttentionShape *s) { return chunk_queries(s); }
 int64_t select_scratch(const AttentionShape *s, int sel_block) {
     const int64_t G = s->H / s->KV, nc = round_up(s->Tk, KEY_BLOCK), q = select_queries(s);
-    return round_up(q * G * s->D, 16) + q * G * side_row(KEY_BLOCK) + round_up(q * nc, 16) + round_up(s->T / sel_block + 1, 16);
+    return round_up(q * G * s->D, 16) + q * G * side_row(KEY_BLOCK) + round_up(q * nc, 16) + round_up((s->t0 + s->T) / sel_block + 1, 16);
 }
 
 // block_idx (B,T,KV,n) from q (B,T,H,D), the compressed keys on their side (as attention_forward left them in side_k)
@@ -4994,13 +5052,13 @@ void select_forward(int *block_idx, const real *q, const real *side_k, const rea
         real *qt = memory + thread_index() * scratch, *scores = qt + round_up(tq * G * D, 16);
         real *sum = scores + tq * G * row, *importance = sum + round_up(tq * nc, 16);
         // A tile whose queries all have at most n candidates has no choice to make.
-        const int64_t seen = (t1 - 1) / sel->sel_block + 1 <= sel->n ? 0 : compressed_seen(t1 - 1, sel->cmp_block, sel->cmp_stride);
+        const int64_t last = s->t0 + t1 - 1, seen = last / sel->sel_block + 1 <= sel->n ? 0 : compressed_seen(last, sel->cmp_block, sel->cmp_stride);
         for (int64_t t = t0; seen > 0 && t < t1; t++)
             for (int64_t c = 0; c < G * D; c++) qt[(t - t0) * G * D + c] = q[(b * T + t) * s->q_row + kv * G * D + c] * scale;
         for (int64_t k0 = 0; k0 < seen; k0 += KEY_BLOCK) {
             block_multiply((t1 - t0) * G, row, D, qt, D, 1, side_k + (b * KV + kv) * side + k0 / KEY_BLOCK * D * row, row, scores, row, 0);
             for (int64_t t = t0; t < t1; t++) {
-                const int64_t keys = max64(0, min64(KEY_BLOCK, compressed_seen(t, sel->cmp_block, sel->cmp_stride) - k0));
+                const int64_t keys = max64(0, min64(KEY_BLOCK, compressed_seen(s->t0 + t, sel->cmp_block, sel->cmp_stride) - k0));
                 real *to = sum + (t - t0) * nc + k0;
                 for (int64_t c = 0; c < KEY_BLOCK; c++) to[c] = 0;
                 for (int64_t g = 0; g < G; g++) {
@@ -5011,7 +5069,7 @@ void select_forward(int *block_idx, const real *q, const real *side_k, const rea
             }
         }
         for (int64_t t = t0; t < t1; t++) {
-            const int64_t blocks = t / sel->sel_block + 1, visible = compressed_seen(t, sel->cmp_block, sel->cmp_stride);
+            const int64_t blocks = (s->t0 + t) / sel->sel_block + 1, visible = compressed_seen(s->t0 + t, sel->cmp_block, sel->cmp_stride);
             if (blocks > sel->n) block_importance(importance, sum + (t - t0) * nc, blocks, visible, sel);
             choose_blocks(block_idx + ((b * T + t) * KV + kv) * sel->n, importance, blocks, sel);
         }
@@ -5132,6 +5190,7 @@ typedef struct MoeShape {
     int64_t N, C, F;            // tokens, model width, width of one expert
     int E, k;
     double capacity;            // an expert keeps ceil(capacity·N·k/E) tokens; 0: all
+    int parts;                  // ranks that share the micro-batch, N tokens each
 } MoeShape;
 
 // What routing decided, kept for backward.
@@ -5142,7 +5201,7 @@ typedef struct Routing {
     real *weight;               // (N,k) renormalised, 0 where dropped
     int *row_token;             // (N·k) rows sorted by expert: token·k + slot
     int64_t *start;             // (E+1) first row of each expert, dropped choices left out
-    int64_t *load;              // (E) choices before drops
+    int64_t *load;              // (E) choices before drops, in the end those of all parts of the micro-batch
 } Routing;
 
 // One token's share in one expert, and the two orders that capacity needs (ties: the lower index).
@@ -5278,12 +5337,13 @@ void moe_backward(real *dx, real *dexperts, real *dprobs, const real *dout, cons
 }
 
 // The router's own terms (section 3.3), added to z and balance: z_coef·mean(lse²), balance_coef·E·Σ_e f_e·P_e, from the logsumexps
-// (N), the sums of each expert's probabilities (E), and the loads (E).
+// (N), the sums of each expert's probabilities (E), and the loads (E). Where ranks share the micro-batch both are this one's part of it: their
+// mean is the whole one's.
 static void moe_losses_of_sums(double *z, double *balance, const real *lse, const double *p, const int64_t *load, const MoeShape *s, double z_coef,
                                double balance_coef) {
     double squares = 0, sum = 0;
     for (int64_t i = 0; i < s->N; i++) squares += (double)lse[i] * (double)lse[i];
-    for (int e = 0; e < s->E; e++) sum += (double)load[e] / (double)(s->N * s->k) * (p[e] / (double)s->N);
+    for (int e = 0; e < s->E; e++) sum += (double)load[e] / (double)(s->N * s->k * s->parts) * (p[e] / (double)s->N);
     *z += z_coef * squares / (double)s->N;
     *balance += balance_coef * s->E * sum;
 }
@@ -5305,7 +5365,7 @@ void router_backward(real *dprobs, const Routing *r, const MoeShape *s, double z
         const real *p = r->probs + i * E;
         real *d = dprobs + i * E, mean = 0;
         for (int e = 0; e < E; e++) {
-            d[e] += (real)(scale * balance_coef * E / (double)s->N * (double)r->load[e] / (double)(s->N * s->k));
+            d[e] += (real)(scale * balance_coef * E / (double)s->N * (double)r->load[e] / (double)(s->N * s->k * s->parts));
             mean += p[e] * d[e];
         }
         const real dz = (real)(scale * z_coef * 2 / (double)s->N) * r->lse[i];
@@ -5360,6 +5420,7 @@ typedef struct LayerActs {
 typedef struct Scratch {
     real *norm, *attention, *ffn, *y, *dx, *dnorm, *dwide, *dattention, *dgates, *dgate_up, *dffn, *logits;
     real *dcompressed[2], *side_k, *side_v, *parts, *tile, *compress, *experts, *dprobs;
+    real *keys, *dkeys;                 // (B,text,keys and values of a wide row), where ranks share texts
 } Scratch;
 
 // What a training step tells the layers; NULL where the model only looks (evaluation, sampling).
@@ -5367,7 +5428,7 @@ typedef struct StepInfo {
     double dropout;
     uint64_t seed;
     int64_t step, first_sequence;       // the index in the total batch of row 0: dropout masks do not depend on the split
-    double grad_scale;                  // 1 / number of micro-batches of all ranks
+    double grad_scale;                  // 1 / number of micro-batches of all ranks (a part of a shared one counts as one)
     int last;                           // of this rank's: a layer's gradient is whole when its backward is done
 } StepInfo;
 
@@ -5384,6 +5445,7 @@ typedef struct Model {
     real *embed, *norm, *head;          // head is embed where tied
 
     int B, T, recompute, train;         // what the activations were made for
+    int parts;                          // ranks that share each text; every T here is this one's part of it
     int stochastic_rounding;            // of the GPU's bf16 copy of the weights
     LayerActs *acts;
     Scratch scratch;
@@ -5624,30 +5686,32 @@ static WideRow wide_row(const Config *c, int layer) {
     return w;
 }
 
-static AttentionShape attention_shape(const Config *c, int64_t B, int64_t T, int64_t wide) {
-    AttentionShape s = {B, T, T, c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->v_head_dim, wide, wide, wide};
+// The queries of one piece of a text, and all its keys.
+static AttentionShape attention_shape(const Config *c, int64_t B, const Pieces *p, int piece, int64_t q_row, int64_t k_row) {
+    AttentionShape s = {B, p->length, p->text, c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->v_head_dim, q_row, k_row, k_row, piece * p->length};
     return s;
 }
 
-// The attention of one branch (0 where the layer is full): its mask and shape. The compressed branch has its own dense keys.
-static Mask branch_mask(const Config *c, const LayerActs *a, AttentionShape *s, int layer, int branch) {
+// The attention of one branch (0 where the layer is full): its mask and shape. block_idx: the choices of these queries. The compressed branch has
+// its own dense keys.
+static Mask branch_mask(const Config *c, const int *block_idx, AttentionShape *s, int layer, int branch) {
     Mask mask;
     memset(&mask, 0, sizeof mask);
     mask.kind = MASK_WINDOW;
-    mask.window = layer_is_full(c, layer) ? s->T : c->window;
+    mask.window = layer_is_full(c, layer) ? s->Tk : c->window;
     if (layer_is_full(c, layer) || branch == WIN) return mask;
-    if (branch == SLC && takes_all_blocks(s->T, c->sel_blocks, c->sel_block)) {
-        mask.window = s->T;
+    if (branch == SLC && takes_all_blocks(s->Tk, c->sel_blocks, c->sel_block)) {
+        mask.window = s->Tk;
     } else if (branch == SLC) {
         mask.kind = MASK_SELECTED;
         mask.sel_block = c->sel_block;
         mask.n = c->sel_blocks;
-        mask.block_idx = a->block_idx;
+        mask.block_idx = block_idx;
     } else {
         mask.kind = MASK_COMPRESSED;
         mask.block = c->cmp_block;
         mask.stride = c->cmp_stride;
-        s->Tk = compressed_seen(s->T - 1, c->cmp_block, c->cmp_stride);
+        s->Tk = compressed_seen(s->Tk - 1, c->cmp_block, c->cmp_stride);
         s->k_row = (int64_t)s->KV * s->D;
         s->v_row = (int64_t)s->KV * s->Dv;
     }
@@ -5664,10 +5728,13 @@ static SelectShape select_shape(const Config *c) {
     return s;
 }
 
-static MoeShape moe_shape(const Config *c, int64_t n, const StepInfo *info) {
-    MoeShape s = {n, c->hidden_size, c->moe_intermediate_size, c->num_experts, c->num_experts_per_tok, info ? c->capacity_factor : 0};
+static MoeShape moe_shape(const Config *c, int64_t n, int parts, const StepInfo *info) {
+    MoeShape s = {n, c->hidden_size, c->moe_intermediate_size, c->num_experts, c->num_experts_per_tok, info ? c->capacity_factor : 0, parts};
     return s;
 }
+
+// Columns of a wide row that are keys and values.
+static inline int64_t keys_width(const WideRow *row) { return row->gate - row->k[0]; }
 
 static inline int64_t ffn_width(const Config *c, int layer) {
     return layer_is_moe(c, layer) ? (int64_t)c->num_shared_experts * c->moe_intermediate_size : c->intermediate_size;
@@ -5686,7 +5753,7 @@ static int *take_ints(real **memory, int64_t *used, int64_t n) {
 // layers share one set; recompute 1 shares what the FFN keeps (backward makes it again), 2 all but each layer's input.
 static int64_t carve_acts(LayerActs *acts, const Config *c, int64_t B, int64_t T, int recompute, int train, real *memory) {
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
-    const int64_t L = c->num_hidden_layers, E = c->num_experts, k = c->num_experts_per_tok, nc = compressed_seen(T - 1, c->cmp_block, c->cmp_stride);
+    const int64_t L = c->num_hidden_layers, E = c->num_experts, k = c->num_experts_per_tok, nc = compressed_seen(T * comm.parts - 1, c->cmp_block, c->cmp_stride);
     const int keep_attention = train && recompute < 2, keep_ffn = train && recompute < 1;
     int64_t used = 0, wide = 0, width = 0, nsa = 0, moe = 0;
     for (int l = 0; l < L; l++) {       // shared buffers fit the largest layer
@@ -5744,17 +5811,18 @@ static int64_t carve_acts(LayerActs *acts, const Config *c, int64_t B, int64_t T
 
 static int64_t carve_scratch(Scratch *s, const Config *c, int64_t B, int64_t T, int train, real *memory) {
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
-    const int64_t nc = compressed_seen(T - 1, c->cmp_block, c->cmp_stride), threads = thread_count();
-    int64_t used = 0, wide = 0, width = 0, side_k = 0, side_v = 0, parts = 0, tile = 0, compress = 0, nsa = 0;
+    const Pieces pieces = pieces_of(comm.parts, T);
+    const int64_t nc = compressed_seen(pieces.text - 1, c->cmp_block, c->cmp_stride), threads = thread_count();
+    int64_t used = 0, wide = 0, width = 0, side_k = 0, side_v = 0, parts = 0, tile = 0, compress = 0, nsa = 0, keys = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
-        wide = max64(wide, wide_row(c, l).size);
+        const WideRow row = wide_row(c, l);
+        wide = max64(wide, row.size);
         width = max64(width, ffn_width(c, l));
         nsa |= !layer_is_full(c, l);
-        LayerActs none;
-        memset(&none, 0, sizeof none);
-        for (int b = 0; b < wide_row(c, l).branches; b++) {
-            AttentionShape shape = attention_shape(c, B, T, 0);
-            const Mask mask = branch_mask(c, &none, &shape, l, b);
+        if (comm.parts > 1) keys = max64(keys, B * pieces.text * keys_width(&row));
+        for (int b = 0; b < row.branches; b++) {
+            AttentionShape shape = attention_shape(c, B, &pieces, pieces.all - 1, 0, 0);        // the last piece takes the most
+            const Mask mask = branch_mask(c, NULL, &shape, l, b);
             TileScratch w;
             tile = max64(tile, threads * tile_scratch(&w, NULL, &shape, &mask, train));
             side_k = max64(side_k, B * KV * side_size(key_block(&mask), shape.Tk, (int)D));
@@ -5764,7 +5832,7 @@ static int64_t carve_scratch(Scratch *s, const Config *c, int64_t B, int64_t T, 
         }
     }
     if (nsa) compress = compress_scratch(c->compress, (int)max64(D, Dv), c->cmp_block);
-    const MoeShape moe = moe_shape(c, N, NULL);
+    const MoeShape moe = moe_shape(c, N, comm.parts, NULL);
     s->norm = take(&memory, &used, N * C);
     s->y = take(&memory, &used, N * C);
     s->attention = take(&memory, &used, N * H * Dv);
@@ -5774,7 +5842,9 @@ static int64_t carve_scratch(Scratch *s, const Config *c, int64_t B, int64_t T, 
     s->compress = take(&memory, &used, compress);
     s->logits = take(&memory, &used, logit_rows(c, N) * c->vocab_size);
     s->experts = c->num_experts ? take(&memory, &used, moe_scratch(&moe)) : NULL;
+    s->keys = take(&memory, &used, keys);
     if (!train) return used;
+    s->dkeys = take(&memory, &used, keys);
     s->dx = take(&memory, &used, N * C);
     s->dnorm = take(&memory, &used, N * C);
     s->dwide = take(&memory, &used, N * wide);
@@ -5803,14 +5873,14 @@ int64_t memory_table(const int64_t part[5], Text *table) {
     return total;
 }
 
-// What a model takes, before it is taken.
+// What a model takes, before it is taken. T: tokens of a sequence, or of this rank's part of it.
 int64_t model_bytes(const Config *c, int64_t B, int64_t T, int recompute, int train, Text *table) {
     LayerActs *acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
     Scratch scratch;
     int64_t state;
     const int64_t params = count_state(c, &state);
     const int64_t part[] = {params, train ? params : 0, train ? 2 * state : 0, carve_acts(acts, c, B, T, recompute, train, NULL),
-                            carve_scratch(&scratch, c, B, T, train, NULL) + B * T + max64(T, 1) * c->head_dim +
+                            carve_scratch(&scratch, c, B, T, train, NULL) + B * T + max64(T * comm.parts, 1) * c->head_dim +
                                 (int64_t)thread_count() * (PACK_A + PACK_B)};
     free(acts);
     return memory_table(part, table);
@@ -5825,16 +5895,17 @@ void model_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     m->T = (int)T;
     m->recompute = recompute;
     m->train = train;
+    m->parts = comm.parts;
     m->acts = (LayerActs *)xcalloc((size_t)c->num_hidden_layers, sizeof(LayerActs));
-    m->rope_positions = T;
-    const int64_t table = round_up(T * c->head_dim, 16), rstd = round_up(B * T, 16);
+    m->rope_positions = T * m->parts;
+    const int64_t table = round_up(m->rope_positions * c->head_dim, 16), rstd = round_up(B * T, 16);
     const int64_t acts = carve_acts(m->acts, c, B, T, recompute, train, NULL), scratch = carve_scratch(&m->scratch, c, B, T, train, NULL);
     m->memory = (real *)xmalloc((size_t)(table + rstd + acts + scratch) * sizeof(real));
     m->rope = m->memory;
     m->final_rstd = m->rope + table;
     carve_acts(m->acts, c, B, T, recompute, train, m->final_rstd + rstd);
     carve_scratch(&m->scratch, c, B, T, train, m->final_rstd + rstd + acts);
-    rope_table(m->rope, T, c->head_dim, c->rope_theta);
+    rope_table(m->rope, m->rope_positions, c->head_dim, c->rope_theta);
     if (train && !m->grads) {
         list_slices(m);
         m->grads = (real *)xcalloc((size_t)m->num_elements, sizeof(real));
@@ -5848,8 +5919,10 @@ void model_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
 
 // A dropout site on y (N,C); nothing happens where there is no step.
 static void residual_dropout(real *y, const Model *m, int64_t T, int64_t n, int site, const StepInfo *info) {
-    const int64_t C = m->config.hidden_size;
-    if (info) dropout_apply(y, n * C, info->first_sequence * T * C, info->dropout, info->seed, info->step, site);
+    const Pieces p = pieces_of(m->parts, T);
+    const int64_t C = m->config.hidden_size, B = n / T, size = p.length * C;
+    for (int64_t x = 0; info && x < p.own * B; x++)
+        dropout_apply(y + x * size, size, (info->first_sequence * p.text + row_of_texts(&p, own_part(&p), x * p.length, B)) * C, info->dropout, info->seed, info->step, site);
 }
 
 static void add_residual(real *out, const real *x, const real *y, int64_t n) {
@@ -5865,40 +5938,87 @@ void model_embed(Model *m, const int *tokens, int64_t B, int64_t T, const StepIn
     residual_dropout(x, m, T, B * T, 0, info);
 }
 
+// RoPE of a piece's queries, and of its keys but the compressed branch's, which turn as blocks.
+static void rope_piece(real *wide, const Model *m, const WideRow *row, const Pieces *p, int i, int64_t rows, int turn) {
+    const Config *c = &m->config;
+    const real *angles = m->rope + piece_start(p, i) * c->head_dim;
+    rope(wide, row->size, angles, rows, p->length, 1, c->num_attention_heads, c->head_dim, turn);
+    for (int b = 0; b < row->branches; b++)
+        if (row->branches == 1 || b != CMP) rope(wide + row->k[b], row->size, angles, rows, p->length, 1, c->num_key_value_heads, c->head_dim, turn);
+}
+
+// The keys and values of whole texts, those of all branches side by side: columns k[0] .. gate of the wide rows as they lie, or where ranks share
+// the texts the same columns of all of them, (B,text), in work.keys. `again`: they are there already.
+typedef struct TextKeys { real *x; int64_t row; } TextKeys;
+static TextKeys text_keys(const Model *m, real *wide, const WideRow *row, const Pieces *p, int64_t B, int again) {
+    TextKeys keys = {wide + row->k[0], row->size};
+    if (p->parts == 1) return keys;
+    keys.x = m->scratch.keys;
+    keys.row = keys_width(row);
+    if (again) return keys;
+    #pragma omp parallel for
+    for (int64_t x = 0; x < p->own * p->length * B; x++)
+        memcpy(keys.x + row_of_texts(p, own_part(p), x, B) * keys.row, wide + x * row->size + row->k[0], (size_t)keys.row * sizeof(real));
+    comm_exchange_pieces((char *)keys.x, (const char *)keys.x, p, B, p->length * keys.row * (int64_t)sizeof(real), 0);
+    return keys;
+}
+
+// The way back of their gradients: dwide = the sums over the ranks of what each has for this one's rows, in the order of the ranks. Overwrites work.keys.
+static void text_keys_backward(const Model *m, real *dwide, const WideRow *row, const Pieces *p, int64_t B) {
+    const int64_t width = keys_width(row);
+    const int me = own_part(p);
+    real *theirs = m->scratch.keys;
+    const real *mine = m->scratch.dkeys;
+    comm_exchange_pieces((char *)theirs, (const char *)mine, p, B, p->length * width * (int64_t)sizeof(real), 1);
+    #pragma omp parallel for
+    for (int64_t x = 0; x < p->own * p->length * B; x++)
+        for (int part = 0; part < p->parts; part++) {
+            const real *from = (part == me ? mine : theirs) + row_of_texts(p, part, x, B) * width;
+            real *to = dwide + x * row->size + row->k[0];
+            for (int64_t j = 0; j < width; j++) to[j] = (part ? to[j] : 0) + from[j];
+        }
+}
+
 // From the wide row to the output of the heads (B,T,H,Dv), which it returns: RoPE, compression, selection, the branches' attention
-// and their sum under the gates.
+// and their sum under the gates. Where ranks share texts, the rows are those of two pieces, each a call of attention over all keys.
 const real *attention_core_forward(Model *m, int layer, int64_t B, int64_t T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->layers[layer];
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
     const WideRow row = wide_row(c, layer);
-    const int64_t N = B * T;
+    const Pieces p = pieces_of(m->parts, T);
+    const int64_t N = B * T, rows = B * p.length;
     const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
 
     if (nsa)        // before RoPE turns q
         gates_forward(a->gates, a->wide + row.gate, row.size, a->wide, row.size, w->gate_weight, w->gate_bias, N, H, D, c->gate);
-    rope(a->wide, row.size, m->rope, N, T, 1, H, D, 1);
+    for (int i = 0; i < p.own; i++) rope_piece(a->wide + i * rows * row.size, m, &row, &p, i, rows, 1);
+    const TextKeys keys = text_keys(m, a->wide, &row, &p, B, 0);
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
-        AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = branch_mask(c, a, &shape, layer, b);
-        real *k = a->wide + row.k[b], *v = a->wide + row.v[b];
+        const real *k = keys.x + row.k[b] - row.k[0], *v = keys.x + row.v[b] - row.k[0];
         if (compressed) {
             for (int i = 0; i < 2; i++) {
-                const CompressShape cs = compress_shape(c, B, T, row.size, i);
+                const CompressShape cs = compress_shape(c, B, p.text, keys.row, i);
                 compress_forward(a->compressed[i], a->hidden[i], i ? v : k, &w->compress[i], &cs, s->compress);
             }
             k = a->compressed[0];
             v = a->compressed[1];
-            rope(k, shape.k_row, m->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, KV, D, 1);
-        } else {
-            rope(k, row.size, m->rope, N, T, 1, KV, D, 1);
+            const int64_t nc = compressed_seen(p.text - 1, c->cmp_block, c->cmp_stride);
+            rope(a->compressed[0], (int64_t)KV * D, m->rope, B * nc, max64(nc, 1), c->cmp_stride, KV, D, 1);
         }
-        attention_forward(a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape, s->side_k, s->tile);
-        if (compressed) {
-            const SelectShape select = select_shape(c);
-            select_forward(a->block_idx, a->wide, s->side_k, a->lse[CMP], &shape, &select, s->tile);
+        for (int i = 0; i < p.own; i++) {
+            const int64_t first = i * rows;
+            AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
+            int *block_idx = nsa ? a->block_idx + first * KV * c->sel_blocks : NULL;
+            const Mask mask = branch_mask(c, block_idx, &shape, layer, b);
+            const real *q = a->wide + first * row.size;
+            attention_forward(a->branch[b] + first * H * c->v_head_dim, a->lse[b] + first * H, q, k, v, &mask, &shape, s->side_k, s->tile);
+            if (compressed) {
+                const SelectShape select = select_shape(c);
+                select_forward(block_idx, q, s->side_k, a->lse[CMP] + first * H, &shape, &select, s->tile);
+            }
         }
     }
     if (!nsa) return a->branch[0];
@@ -5936,9 +6056,10 @@ static void ffn_layer_forward(Model *m, int layer, int64_t B, int64_t T, const S
         memset(s->y, 0, (size_t)(N * C) * sizeof(real));
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, N, info);
+        const MoeShape moe = moe_shape(c, N, m->parts, info);
         linear_forward(a->routing.probs, moe.E, s->norm, C, w->router, N, C, moe.E);
         moe_route(&a->routing, &moe);
+        if (m->parts > 1) comm_sum_parts(a->routing.load, moe.E);
         moe_forward(s->y, a->expert_gate_up, s->norm, w->experts, &a->routing, &moe, s->experts);
     }
     residual_dropout(s->y, m, T, N, 2 * layer + 2, info);
@@ -5956,7 +6077,7 @@ void model_layer_forward(Model *m, int layer, int64_t B, int64_t T, const StepIn
         m->gate_count[layer] += n;
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, B * T, info);
+        const MoeShape moe = moe_shape(c, B * T, m->parts, info);
         double z, balance;
         moe_losses(&z, &balance, &a->routing, &moe, c->z_loss_coef, c->balance_loss_coef);
         m->moe_z += z;
@@ -5966,7 +6087,7 @@ void model_layer_forward(Model *m, int layer, int64_t B, int64_t T, const StepIn
 }
 
 static real *layers_forward(Model *m, const int *tokens, int64_t B, int64_t T, const StepInfo *info) {
-    if (B * T > (int64_t)m->B * m->T || T > m->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, m->B, m->T);
+    if (B * T > (int64_t)m->B * m->T || T * m->parts > m->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, m->B, m->T);
     m->moe_z = m->moe_balance = 0;
     model_embed(m, tokens, B, T, info);
     for (int l = 0; l < m->config.num_hidden_layers; l++) model_layer_forward(m, l, B, T, info);
@@ -6023,10 +6144,13 @@ double model_evaluate(Model *m, const int *tokens, const int *targets, int64_t B
     return m->loss = head_loss(m, x, targets, B * T, NULL);
 }
 
-// logits (B,T,V), or with last_only (B,V) of the last position
+// logits (B,T,V), or with last_only (B,V) of the last position, by this rank alone.
 void model_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *logits, int last_only) {
     const int64_t C = m->config.hidden_size, V = m->config.vocab_size;
+    const int parts = m->parts;
+    m->parts = 1;
     const real *x = layers_forward(m, tokens, B, T, NULL);
+    m->parts = parts;
     rmsnorm_forward(m->scratch.norm, m->final_rstd, x, m->norm, B * T, C, m->config.rms_norm_eps);
     const int64_t skip = last_only ? T : 1;
     linear_forward(logits, V, m->scratch.norm + (skip - 1) * C, skip * C, m->head, last_only ? B : B * T, C, V);
@@ -6056,7 +6180,7 @@ static void ffn_layer_backward(Model *m, int layer, int64_t B, int64_t T, const 
         memset(s->dnorm, 0, (size_t)(N * C) * sizeof(real));
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, N, info);
+        const MoeShape moe = moe_shape(c, N, m->parts, info);
         moe_backward(s->dnorm, grad_of(m, w->experts), s->dprobs, dy, a->expert_gate_up, s->norm, w->experts, &a->routing, &moe, s->experts);
         router_backward(s->dprobs, &a->routing, &moe, c->z_loss_coef, c->balance_loss_coef, info->grad_scale);
         linear_backward(s->dnorm, C, grad_of(m, w->router), s->dprobs, moe.E, s->norm, C, w->router, N, C, moe.E, 1);
@@ -6071,42 +6195,49 @@ void attention_core_backward(Model *m, int layer, int64_t B, int64_t T) {
     LayerActs *a = &m->acts[layer];
     Scratch *s = &m->scratch;
     const WideRow row = wide_row(c, layer);
-    const int64_t N = B * T;
-    const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
+    const Pieces p = pieces_of(m->parts, T);
+    const int64_t N = B * T, rows = B * p.length, nc = compressed_seen(p.text - 1, c->cmp_block, c->cmp_stride);
+    const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, nsa = row.branches > 1;
 
-    if (nsa) branches_dgates(s->dgates, a->branch, s->dattention, N * H, c->v_head_dim);
+    if (nsa) branches_dgates(s->dgates, a->branch, s->dattention, N * H, Dv);
     memset(s->dwide, 0, (size_t)(N * row.size) * sizeof(real));
+    const TextKeys keys = text_keys(m, a->wide, &row, &p, B, m->recompute >= 2);
+    real *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];     // rows as those of keys
+    if (p.parts > 1) memset(dkeys, 0, (size_t)(B * p.text * keys.row) * sizeof(real));
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
-        AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = branch_mask(c, a, &shape, layer, b);
-        const real *k = compressed ? a->compressed[0] : a->wide + row.k[b], *v = compressed ? a->compressed[1] : a->wide + row.v[b];
-        real *dk = compressed ? s->dcompressed[0] : s->dwide + row.k[b], *dv = compressed ? s->dcompressed[1] : s->dwide + row.v[b];
+        const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
+        const real *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
+        real *dk = compressed ? s->dcompressed[0] : dkeys + k_at, *dv = compressed ? s->dcompressed[1] : dkeys + v_at;
         if (compressed) {
-            memset(dk, 0, (size_t)(B * shape.Tk * shape.k_row) * sizeof(real));
-            memset(dv, 0, (size_t)(B * shape.Tk * shape.v_row) * sizeof(real));
+            memset(dk, 0, (size_t)(B * nc * KV * D) * sizeof(real));
+            memset(dv, 0, (size_t)(B * nc * KV * Dv) * sizeof(real));
         }
-        attention_backward(s->dwide, dk, dv, s->dattention, nsa ? a->gates + b : NULL, BRANCHES, a->branch[b], a->lse[b],
-                           a->wide, k, v, &mask, &shape, s->side_k, s->side_v, s->parts, s->tile);
-        if (!compressed) {
-            rope(dk, row.size, m->rope, N, T, 1, KV, D, -1);
-            continue;
+        for (int i = 0; i < p.own; i++) {
+            const int64_t first = i * rows, heads = first * H;
+            AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
+            const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
+            attention_backward(s->dwide + first * row.size, dk, dv, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL, BRANCHES,
+                               a->branch[b] + heads * Dv, a->lse[b] + heads, a->wide + first * row.size, k, v, &mask, &shape, s->side_k, s->side_v, s->parts, s->tile);
         }
-        rope(dk, shape.k_row, m->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, KV, D, -1);
-        for (int i = 0; i < 2; i++) {
-            const CompressShape cs = compress_shape(c, B, T, row.size, i);
+        if (!compressed) continue;
+        rope(dk, (int64_t)KV * D, m->rope, B * nc, max64(nc, 1), c->cmp_stride, KV, D, -1);
+        for (int i = 0; i < 2; i++) {       // of what these queries say of the blocks: the weights' gradients are summed over the ranks later
+            const CompressShape cs = compress_shape(c, B, p.text, keys.row, i);
             CompressWeights wc = w->compress[i], dw = wc;
             CompressTensor list[COMPRESS_TENSORS];
             const int count = compress_tensors(list, c->compress, KV, c->cmp_block, cs.D);
             for (int t = 0; t < count; t++) *compress_pointer(&dw, &list[t]) = grad_of(m, *compress_pointer(&wc, &list[t]));
-            const int64_t at = (i ? row.v : row.k)[CMP];
-            compress_backward(s->dwide + at, &dw, s->dcompressed[i], a->hidden[i], a->wide + at, &wc, &cs, s->compress);
+            const int64_t at = i ? v_at : k_at;
+            compress_backward(dkeys + at, &dw, s->dcompressed[i], a->hidden[i], keys.x + at, &wc, &cs, s->compress);
         }
     }
-    rope(s->dwide, row.size, m->rope, N, T, 1, H, D, -1);
+    if (p.parts > 1) text_keys_backward(m, s->dwide, &row, &p, B);
+    for (int i = 0; i < p.own; i++) rope_piece(s->dwide + i * rows * row.size, m, &row, &p, i, rows, -1);
     if (!nsa) return;
     // A gate on q reads q before RoPE: turn the kept one back (nothing needs it turned any more).
-    if (c->gate == GATE_Q_COND) rope(a->wide, row.size, m->rope, N, T, 1, H, D, -1);
+    for (int i = 0; i < p.own && c->gate == GATE_Q_COND; i++)
+        rope(a->wide + i * rows * row.size, row.size, m->rope + piece_start(&p, i) * D, rows, p.length, 1, H, D, -1);
     gates_backward(s->dgates, s->dwide + row.gate, row.size, s->dwide, a->wide, row.size, grad_of(m, w->gate_weight),
                    grad_of(m, w->gate_bias), a->gates, w->gate_weight, N, H, D, c->gate);
 }
@@ -6310,13 +6441,17 @@ typedef struct {
     Order order;
     int bytes;         // 1: tokens are bytes
     int ranks;         // of this run, or of the one that is planned
-    int accumulation;  // micro-batches of a step, of each rank
+    int groups;        // of ranks that share each sequence
+    int accumulation;  // micro-batches of a step, of each group
     int64_t memory;    // bytes
     int *tokens, *targets, *window;
     double *moe_load;  // (L,E) choices in the last training step
     Progress progress;
     FILE *log;
 } Run;
+
+// Tokens of a sequence that one rank has.
+static inline int part_tokens(const Options *o) { return o->seq_len / o->context_parallel; }
 
 // What one step has to say.
 typedef struct { double loss, val_loss, moe_z, moe_balance, lr, grad_norm, seconds; int evaluated, skipped; char where[32]; } StepReport;
@@ -6972,7 +7107,17 @@ void print_sample(Run *run, Model *model) {
 // ----------------------------------------------------------------------------
 // One validation, one step
 
-// Mean cross entropy over the first val_steps batches of the validation data, or all there are; ranks take turns. The
+// What this rank has of the window, row `row` of `rows` in its tokens and targets.
+static void take_window(Run *run, int64_t row, int64_t rows) {
+    const Pieces p = pieces_of(comm.parts, part_tokens(&run->options));
+    for (int i = 0; i < p.own; i++) {
+        const int64_t to = (i * rows + row) * p.length, from = piece_start(&p, i);
+        memcpy(run->tokens + to, run->window + from, (size_t)p.length * sizeof(int));
+        memcpy(run->targets + to, run->window + from + 1, (size_t)p.length * sizeof(int));
+    }
+}
+
+// Mean cross entropy over the first val_steps batches of the validation data, or all there are; groups of ranks take turns. The
 // last batch may have fewer rows.
 double evaluate(Run *run, Model *model) {
     const int B = run->options.batch, T = run->options.seq_len, L = run->config.num_hidden_layers;
@@ -6980,14 +7125,13 @@ double evaluate(Run *run, Model *model) {
     const int64_t batches = (windows + B - 1) / B;
     double *sums = (double *)xcalloc((size_t)(batches + L), sizeof(double)), *counts = sums + batches, sum = 0;
     model_stats_reset(model);
-    for (int64_t i = comm.rank; i < batches; i += comm.ranks) {
+    for (int64_t i = comm.rank / comm.parts; i < batches; i += run->groups) {
         const int rows = (int)min64(B, windows - i * B);
         for (int64_t row = 0; row < rows; row++) {
             data_val_window(&run->val, T, i * B + row, run->window);
-            memcpy(run->tokens + row * T, run->window, (size_t)T * sizeof(int));
-            memcpy(run->targets + row * T, run->window + 1, (size_t)T * sizeof(int));
+            take_window(run, row, rows);
         }
-        sums[i] = rows * device_evaluate(model, run->tokens, run->targets, rows, T);
+        sums[i] = rows * device_evaluate(model, run->tokens, run->targets, rows, part_tokens(&run->options)) / comm.parts;
     }
     for (int l = 0; l < L; l++) counts[l] = (double)model->gate_count[l];
     comm_sum(sums, batches + L);
@@ -6999,7 +7143,7 @@ double evaluate(Run *run, Model *model) {
     return sum / (double)windows;
 }
 
-// Gradients of the whole batch, micro-batch by micro-batch, then one update. Ranks take its sequences in their order.
+// Gradients of the whole batch, micro-batch by micro-batch, then one update. Groups of ranks take its sequences in their order.
 enum { NO_LAYER = INT_MAX };
 StepReport train_step(Run *run, Model *model) {
     const Options *o = &run->options;
@@ -7007,7 +7151,7 @@ StepReport train_step(Run *run, Model *model) {
     StepReport r;
     StepInfo info;
     double start = now_seconds();
-    int B = o->batch, T = o->seq_len;
+    int B = o->batch, T = part_tokens(o);
     memset(&r, 0, sizeof r);
     info.dropout = o->dropout;
     info.seed = (uint64_t)o->seed;
@@ -7015,7 +7159,7 @@ StepReport train_step(Run *run, Model *model) {
     info.grad_scale = 1.0 / ((double)run->accumulation * comm.ranks);
     device_zero_grads(model);
     model_stats_reset(model);
-    const int64_t mine = (int64_t)comm.rank * run->accumulation * B;
+    const int64_t mine = (int64_t)(comm.rank / comm.parts) * run->accumulation * B;
     int64_t bad_layer = NO_LAYER;
     order_seek(&run->order, (o->overfit ? 0 : p->sequence) + mine);
     for (int micro = 0; micro < run->accumulation; micro++) {
@@ -7023,8 +7167,7 @@ StepReport train_step(Run *run, Model *model) {
         info.last = micro == run->accumulation - 1;
         for (int row = 0; row < B; row++) {
             order_next(&run->order, &run->train, run->window);
-            memcpy(run->tokens + (int64_t)row * T, run->window, (size_t)T * sizeof(int));
-            memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof(int));
+            take_window(run, row, B);
         }
         r.loss += device_forward_backward(model, run->tokens, run->targets, B, T, &info) * info.grad_scale;
         if (!isfinite(model->loss) && bad_layer == NO_LAYER) bad_layer = device_bad_layer(model, (int64_t)B * T);
@@ -7051,7 +7194,7 @@ StepReport train_step(Run *run, Model *model) {
     r.lr = learning_rate(o, p->step);
     r.grad_norm = device_grad_norm(model);
     p->step++;
-    p->sequence += (int64_t)comm.ranks * run->accumulation * B;
+    p->sequence += (int64_t)run->groups * run->accumulation * B;
     p->tokens += o->total_batch;
     // One infinity or NaN in the gradients would make every weight NaN.
     r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
@@ -7192,9 +7335,9 @@ void find_config(Run *run) {
 void choose_micro_batch(Options *o, const Config *c) {
 #ifdef NSA_GPU
     if (option_given(o, &o->batch) || o->resume || o->plan) return;
-    const int64_t sequences = o->total_batch ? o->total_batch / o->seq_len / comm.ranks : o->batch, free_bytes = device_memory() / 20 * 19;
+    const int64_t sequences = o->total_batch ? o->total_batch / o->seq_len / (comm.ranks / comm.parts) : o->batch, free_bytes = device_memory() / 20 * 19;
     int64_t B = max64(1, min64(sequences, INT_MAX / o->seq_len));       // 1: run_model says what does not fit
-    while (B > 1 && (sequences % B || device_bytes(c, B, o->seq_len, o->recompute, !o->evaluate_only, NULL) > free_bytes)) B--;
+    while (B > 1 && (sequences % B || device_bytes(c, B, part_tokens(o), o->recompute, !o->evaluate_only, NULL) > free_bytes)) B--;
     comm_meet();
     o->batch = (int)comm_min(B);
     comm_begin();
@@ -7203,23 +7346,41 @@ void choose_micro_batch(Options *o, const Config *c) {
 #endif
 }
 
+// What sequences that ranks share must satisfy.
+static void check_context_parallel(const Run *run) {
+    const Options *o = &run->options;
+    const int P = o->context_parallel, T = o->seq_len;
+    if (P == 1) return;
+    if (run->ranks % P)
+        die(2, "--context-parallel %d must divide the number of ranks, %d: %s", P, run->ranks, o->plan ? "use another --ranks" : "start as many ranks as it, or a multiple, with mpirun -np");
+    if (T % (2 * P))
+        die(2, "-t (--seq-len) %d must be a multiple of 2 times --context-parallel %d (each rank has two pieces of a sequence): use -t %d", T, P, (T / (2 * P) + 1) * 2 * P);
+    if (o->evaluate_only) return;
+    if (run->config.capacity_factor > 0)
+        die(2, "--capacity-factor chooses among all tokens of a micro-batch, and with --context-parallel %d no rank has them all: leave out one of the two", P);
+    if (o->sample_every && o->sample_len > T / (2 * P))
+        die(2, "-g (--sample-len) %" PRId64 " is too long for --context-parallel %d: one rank alone writes samples, of at most %d tokens: use -g %d, or -s 0",
+            o->sample_len, P, T / (2 * P), T / (2 * P));
+}
+
 // Batch, steps and rates that were left open.
 void complete_options(Run *run) {
     Options *o = &run->options;
     if (!o->seq_len) o->seq_len = run->config.max_position_embeddings;
+    check_context_parallel(run);
     choose_micro_batch(o, &run->config);
     int64_t micro = (int64_t)o->batch * o->seq_len;
     if (micro > INT_MAX)
         die(2, "-b %d times -t %d is more than %d tokens in a micro-batch: use a smaller -b", o->batch, o->seq_len,
             INT_MAX);
-    const int64_t least = micro * run->ranks;
+    const int64_t least = micro * run->groups;
     if (!o->total_batch) o->total_batch = least;
     if (o->total_batch % least) {
-        char ranks[32] = "", other[32] = "";
-        int64_t each = o->total_batch / o->seq_len / run->ranks, b = o->batch;      // sequences of a rank
+        char ranks[48] = "", other[32] = "";
+        int64_t each = o->total_batch / o->seq_len / run->groups, b = o->batch;     // sequences of a group
         while (each && each % b) b--;
-        if (run->ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks times ", run->ranks);
-        if (each * o->seq_len * run->ranks == o->total_batch) snprintf(other, sizeof other, ", or -b %" PRId64, b);
+        if (run->groups > 1) snprintf(ranks, sizeof ranks, "%d %sranks times ", run->groups, comm.parts > 1 ? "groups of " : "");
+        if (each * o->seq_len * run->groups == o->total_batch) snprintf(other, sizeof other, ", or -b %" PRId64, b);
         die(2, "-d (--total-batch) %" PRId64 " must be a multiple of %s-b %d times -t %d: use -d %" PRId64 "%s",
             o->total_batch, ranks, o->batch, o->seq_len, (o->total_batch / least + 1) * least, other);
     }
@@ -7320,23 +7481,30 @@ void print_plan(const Run *run) {
     double matrices, attention;
     int64_t state;
     device_plan();
-    const double params = (double)count_state(c, &state), bytes = (double)device_bytes(c, o->batch, o->seq_len, o->recompute, 1, &table);
+    const double params = (double)count_state(c, &state), bytes = (double)device_bytes(c, o->batch, part_tokens(o), o->recompute, 1, &table);
     token_flops(c, T, &matrices, &attention);
     // Backward: two products for each of forward's, five of attention's for its two. -r 2 makes forward again, -r 1 (about) its FFN's half.
     const double forward = matrices + attention, backward = 2 * matrices + 2.5 * attention + (o->recompute > 1 ? forward : o->recompute ? matrices / 2 : 0);
     const double rate = o->tflops * 1e12, link = o->link * 1e9, sent = N > 1 ? (N - 1) / N * 4 * params : 0;
     const double back = ON_GPU && o->zero && c->torch_dtype == DTYPE_BF16 ? sent / 2 : sent;      // gradients or weights
-    const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * T * backward / rate;
+    const double compute = tokens * (forward + backward) / rate, micro = (double)o->batch * part_tokens(o) * backward / rate;
     const double embedding = sent * (double)c->vocab_size * c->hidden_size / params;      // the last bucket: nothing is left to hide it
     const double reduce = (o->zero ? sent : sent + back) / link, hidden = fmin(micro, reduce * (1 - embedding / fmax(sent, 1))), gather = o->zero ? back / link : 0;
-    const double step = compute + reduce - hidden + gather;
-    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d ranks x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
-           human_count((double)o->total_batch), run->ranks, run->accumulation, o->batch, o->seq_len);
+    // Of each layer: keys and values go to the other parts in forward and again for backward, which sends their gradients back.
+    double keys = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        const WideRow row = wide_row(c, l);
+        keys += 3 * (double)(comm.parts - 1) * tokens * (double)keys_width(&row) * (ON_GPU && c->torch_dtype == DTYPE_BF16 ? 2 : 4);
+    }
+    const double step = compute + reduce - hidden + gather + keys / link;
+    printf("plan       %d rank%s, %s parameters, steps of %s tokens (%d %s%s x %d x %d x %d)\n", run->ranks, run->ranks > 1 ? "s" : "", human_count(params),
+           human_count((double)o->total_batch), run->groups, comm.parts > 1 ? "group" : "rank", run->groups > 1 ? "s" : "", run->accumulation, o->batch, o->seq_len);
     printf("memory     %s on each rank%s\n%s", human_bytes(bytes), o->zero && N > 1 ? ", with its share of AdamW's state (-z 1)" : "", table.data);
     printf("exchanged  %s sent by each rank in a step: gradients in f32%s\n", human_bytes(sent + back),
            !o->zero ? ", both ways" : back < sent ? " one way, weights in bf16 back" : " one way, weights in f32 back");
+    if (comm.parts > 1) printf("           %s besides: keys and values, and their gradients, of the %d ranks that share each sequence\n", human_bytes(keys), comm.parts);
     printf("compute    %s a token, forward and backward: %.3g s a step at %g TFLOP/s (--tflops)\n", human((forward + backward), "FLOP"), compute, o->tflops);
-    printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather, o->link, hidden);
+    printf("between    %.3g s at %g GB/s (--link), of which backward hides %.3g s\n", reduce + gather + keys / link, o->link, hidden);
     printf("step       %.3g s, %s tok/s; %.1f%% of it is compute\n", step, human_count((double)o->total_batch / step), 100 * compute / step);
     free(table.data);
 }
@@ -7349,7 +7517,9 @@ void run_prepare(Run *run, int argc, char **argv) {
     options_parse(train_options, TRAIN_OPTIONS, o, o->given, argc, argv);
     comm.timeout = o->timeout;
     run->ranks = o->plan ? o->ranks : comm.ranks;
+    run->groups = run->ranks / o->context_parallel;
     comm.shards = o->zero ? run->ranks : 1;
+    comm.parts = o->context_parallel;
     for (size_t i = 0, only[] = {offsetof(Options, ranks), offsetof(Options, tflops), offsetof(Options, link)}; i < 3; i++)
         if (!o->plan && option_given(o, (const char *)o + only[i]))
             die(2, "%s is for --plan%s", option_label(&train_options[option_row(train_options, TRAIN_OPTIONS, only[i])]), i ? "" : ": a run has the ranks that mpirun starts");
@@ -7386,7 +7556,7 @@ void run_prepare(Run *run, int argc, char **argv) {
     comm_meet();
     compare_ranks(run);
     comm_begin();
-    int64_t micro = (int64_t)o->batch * o->seq_len;
+    int64_t micro = (int64_t)o->batch * part_tokens(o);
     run->tokens = (int *)xmalloc((size_t)micro * sizeof(int));
     run->targets = (int *)xmalloc((size_t)micro * sizeof(int));
     run->window = (int *)xmalloc(((size_t)o->seq_len + 1) * sizeof(int));
@@ -7427,8 +7597,8 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
                human_count((double)run->train.tokens), human_count((double)run->val.tokens),
                o->val_data ? " from " : "", o->val_data ? o->val_data : "");
         const char *schedule = choice_name(SCHEDULE_NAMES, o->schedule, &len);
-        char ranks[32] = "";
-        if (comm.ranks > 1) snprintf(ranks, sizeof ranks, "%d ranks x ", comm.ranks);
+        char ranks[48] = "";
+        if (run->groups > 1) snprintf(ranks, sizeof ranks, "%d %sranks x ", run->groups, comm.parts > 1 ? "groups of " : "");
         printf("training   steps %" PRId64 " to %" PRId64 " of %s tokens (%s%d x %d x %d): %.2f epochs\n",
                run->progress.step + 1, o->max_steps, human_count((double)o->total_batch), ranks, run->accumulation, o->batch,
                o->seq_len, (double)o->max_steps * (double)o->total_batch / (double)run->train.tokens);
@@ -7439,7 +7609,11 @@ void print_header(const Run *run, const Model *model, const Text *memory) {
     device_describe(&run->config, &machine);
     printf("machine    %s%s\n", machine.data, o->zero && comm.ranks == 1 ? "; -z 1 has nothing to shard: one process" : "");
     free(machine.data);
-    if (comm.ranks > 1) printf("ranks      %d%s\n", comm.ranks, o->zero ? ", each with its share of AdamW's state" : "");
+    if (comm.ranks > 1) {
+        char share[64] = "";
+        if (comm.parts > 1) snprintf(share, sizeof share, ", %d share each sequence, %d tokens each", comm.parts, part_tokens(o));
+        printf("ranks      %d%s%s\n", comm.ranks, share, o->zero ? ", each with its share of AdamW's state" : "");
+    }
     if (run->out) printf("output     %s\n", run->out);
     printf("\n");
     fflush(stdout);
@@ -7452,14 +7626,14 @@ void run_model(Run *run, Model *model) {
     Text table = {NULL, 0, 0};
     int train = !o->evaluate_only;
     int64_t machine = device_memory();
-    run->memory = device_bytes(&run->config, o->batch, o->seq_len, o->recompute, train, &table);
+    run->memory = device_bytes(&run->config, o->batch, part_tokens(o), o->recompute, train, &table);
     if (machine && run->memory > machine)
-        die(2, "this needs %s of memory and the machine has %s: use a smaller -b (%d) or -t (%d)%s",
+        die(2, "this needs %s of memory and the machine has %s: use a smaller -b (%d) or -t (%d)%s%s",
             human_bytes((double)run->memory), human_bytes((double)machine), o->batch, o->seq_len,
-            train && o->recompute < 2 ? ", or -r 2" : "");
+            train && o->recompute < 2 ? ", or -r 2" : "", run->groups > 1 ? ", or a larger --context-parallel" : "");
     model_create(model, &run->config);
     model->stochastic_rounding = o->stochastic_rounding;
-    device_alloc(model, o->batch, o->seq_len, o->recompute, train);
+    device_alloc(model, o->batch, part_tokens(o), o->recompute, train);
     if (!run->start) model_init(model, (uint64_t)o->seed, o->gate_init);
     else if (checkpoint_load_weights(model, run->start, err) < 0) die(1, "%s", err);
     if (o->resume && train && checkpoint_load_state(run, model, run->start, err) < 0) die(1, "%s", err);

@@ -149,6 +149,23 @@ static void nccl_gather(F *x, int64_t begin, int64_t end) {
     if (rest < end) NCCL(ncclBroadcast(x + rest, x + rest, (size_t)(end - rest), type, comm.ranks - 1, nccl, between_ranks));
     NCCL(ncclGroupEnd());
 }
+
+// As comm_exchange_pieces, of the GPUs' memory. The host waits: what is asked of the GPU next finds everything there.
+static void nccl_exchange_pieces(char *in, const char *out, const Pieces *pieces, int64_t B, int64_t bytes, int sums) {
+    const int me = own_part(pieces);
+    nccl_after_compute();
+    NCCL(ncclGroupStart());
+    for (int64_t b = 0; b < B; b++)
+        for (int i = 0; i < pieces->own; i++)
+            for (int part = 0; part < pieces->parts; part++) {
+                const int64_t theirs = (b * pieces->all + piece_number(pieces, part, i)) * bytes, mine = (b * pieces->all + piece_number(pieces, me, i)) * bytes;
+                if (part == me) continue;
+                NCCL(ncclSend(out + (sums ? theirs : mine), (size_t)bytes, ncclChar, comm.rank - me + part, nccl, between_ranks));
+                NCCL(ncclRecv(in + theirs, (size_t)bytes, ncclChar, comm.rank - me + part, nccl, between_ranks));
+            }
+    NCCL(ncclGroupEnd());
+    nccl_wait();
+}
 #else       // with one rank there is nobody to talk to, and nccl_open lets no more start
 static void nccl_open(int device, int count) {
     (void)device, (void)count;
@@ -159,6 +176,7 @@ static void nccl_wait(void) {}
 static void nccl_reduce(float *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
 template <typename F> static void nccl_gather(F *x, int64_t begin, int64_t end) { (void)x, (void)begin, (void)end; }
 static void nccl_sum(float *x, int64_t n) { (void)x, (void)n; }
+static void nccl_exchange_pieces(char *in, const char *out, const Pieces *pieces, int64_t B, int64_t bytes, int sums) { (void)in, (void)out, (void)pieces, (void)B, (void)bytes, (void)sums; }
 #endif
 
 // The first GPU that the system shows (CUDA_VISIBLE_DEVICES chooses), the second for the second rank of a machine, and so on. Called
@@ -875,20 +893,25 @@ struct Plain {
 // ----------------------------------------------------------------------------
 // Embedding, dropout
 
-// What dropout does at one site; p = 0: nothing.
-typedef struct Dropout { double p; uint64_t seed; int64_t step, first; int site; } Dropout;
+// What dropout does at one site to the rows of B sequences, of c numbers each; p = 0: nothing.
+typedef struct Dropout { double p; uint64_t seed; int64_t step, first; int site, part; Pieces pieces; int64_t B, c; } Dropout;
 
-static Dropout dropout_at(const Config *c, int64_t T, int site, const StepInfo *info) {
-    Dropout d = {0, 0, 0, 0, site};
-    if (info) d.p = info->dropout, d.seed = info->seed, d.step = info->step, d.first = info->first_sequence * T * c->hidden_size;
+static Dropout dropout_at(const Model *g, int64_t B, int64_t T, int site, const StepInfo *info) {
+    const Pieces pieces = pieces_of(g->parts, T);
+    Dropout d = {0, 0, 0, 0, site, own_part(&pieces), pieces, B, g->config.hidden_size};
+    if (info) d.p = info->dropout, d.seed = info->seed, d.step = info->step, d.first = info->first_sequence * pieces.text * d.c;
     return d;
 }
 
-// What dropout multiplies number i of its site by.
-__device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
+// The element that a row begins with.
+__device__ static inline int64_t dropout_row(const Dropout *d, int64_t row) {
+    return d->first + (d->pieces.parts > 1 ? row_of_texts(&d->pieces, d->part, row, d->B) : row) * d->c;
+}
+
+// What dropout multiplies element e of its site by.
+__device__ static inline float dropout_factor(const Dropout *d, int64_t e) {
     if (d->p <= 0) return 1;
     uint32_t word[4];
-    const int64_t e = d->first + i;
     dropout_words(word, e / 4, d->seed, d->step, d->site);
     return word[e % 4] < dropout_limit(d->p) ? 0 : (float)(1 / (1 - d->p));
 }
@@ -896,20 +919,22 @@ __device__ static inline float dropout_factor(const Dropout *d, int64_t i) {
 template <typename F>
 __global__ void embed_kernel(F *out, const int *tokens, const F *embed, int64_t c, Dropout d) {
     const F *row = embed + tokens[blockIdx.x] * c;
-    for (int64_t j = threadIdx.x, i = blockIdx.x * c + j; j < c; j += blockDim.x, i += blockDim.x) out[i] = (F)((float)row[j] * dropout_factor(&d, i));
+    const int64_t e = dropout_row(&d, blockIdx.x);
+    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) out[blockIdx.x * c + j] = (F)((float)row[j] * dropout_factor(&d, e + j));
 }
 
+// A block a row.
 template <typename F>
-__global__ void dropout_kernel(F *out, const F *x, int64_t n, Dropout d) {
-    const int64_t i = global_thread();
-    if (i < n) out[i] = (F)((float)x[i] * dropout_factor(&d, i));
+__global__ void dropout_kernel(F *out, const F *x, Dropout d) {
+    const int64_t e = dropout_row(&d, blockIdx.x), at = blockIdx.x * d.c;
+    for (int64_t j = threadIdx.x; j < d.c; j += blockDim.x) out[at + j] = (F)((float)x[at + j] * dropout_factor(&d, e + j));
 }
 
 // The gradient behind dropout: dx itself where there is none, else in `spare`.
 template <typename F>
-static const F *dropout_backward(F *spare, const F *dx, int64_t n, Dropout d) {
+static const F *dropout_backward(F *spare, const F *dx, int64_t rows, Dropout d) {
     if (d.p <= 0) return dx;
-    dropout_kernel<<<grid(n, THREADS), THREADS>>>(spare, dx, n, d);
+    dropout_kernel<<<grid(rows, 1), THREADS>>>(spare, dx, d);
     LAUNCHED();
     return spare;
 }
@@ -935,12 +960,13 @@ __global__ void add_norm_kernel(F *out, F *norm, float *rstd, const F *x, const 
     const int64_t i = global_warp();
     if (i >= n) return;
     const F *row = y ? out + i * c : x + i * c;
+    const int64_t e = dropout_row(&d, i);
     float sum = 0;
     for (int64_t j = lane() * N; j < c; j += WARP * N) {
         Pack<F, N> a = load<N>(x + i * c + j);
         if (y) {
             const Pack<F, N> b = load<N>(y + i * c + j);
-            for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] + (float)b.of[v] * dropout_factor(&d, i * c + j + v));
+            for (int v = 0; v < N; v++) a.of[v] = (F)((float)a.of[v] + (float)b.of[v] * dropout_factor(&d, e + j + v));
             store<N>(out + i * c + j, a);
         }
         for (int v = 0; v < N; v++) sum += (float)a.of[v] * (float)a.of[v];
@@ -964,7 +990,7 @@ static void gpu_add_norm(F *out, F *norm, float *rstd, const F *x, const F *y, c
 
 template <typename F>
 static void gpu_rmsnorm_forward(F *norm, float *rstd, const F *x, const float *weight, int64_t n, int64_t c, double eps) {
-    const Dropout none = {0, 0, 0, 0, 0};
+    const Dropout none = {0, 0, 0, 0, 0, 0, {1, 1, 1, 0, 0}, 0, 0};
     gpu_add_norm<F>(NULL, norm, rstd, x, NULL, weight, n, c, eps, none);
 }
 
@@ -1122,16 +1148,24 @@ __device__ static inline int key_stretch(const Mask *mask, const int *idx, int i
     return 1;
 }
 
-// Rows of work: the heads that share keys lie together, then neighbouring queries.
+// The queries [from, to) that see any of the keys [k0, k0 + count), where these are a range.
+DEVICE static inline void query_range(const Mask *mask, int64_t k0, int64_t count, const AttentionShape *s, int64_t *from, int64_t *to) {
+    *from = min64(s->T, max64(0, (mask->kind == MASK_COMPRESSED ? k0 * mask->stride + mask->block - 1 : k0) - s->t0));
+    *to = mask->kind == MASK_WINDOW ? min64(s->T, k0 + count - 1 + min64(mask->window, s->Tk) - s->t0) : s->T;
+    *to = max64(*from, *to);
+}
+
+// Rows of work: the heads that share keys lie together, then neighbouring queries. t is the query's position.
 typedef struct QueryRow { int64_t b, t, h, kv, bt, th; } QueryRow;
 __device__ static inline QueryRow query_row(int64_t row, const AttentionShape *s) {
     const int64_t G = s->H / s->KV;
     QueryRow r;
-    r.t = row / G % s->T;
+    const int64_t t = row / G % s->T;
+    r.t = s->t0 + t;
     r.kv = row / G / s->T % s->KV;
     r.b = row / G / s->T / s->KV;
     r.h = r.kv * G + row % G;
-    r.bt = r.b * s->T + r.t;
+    r.bt = r.b * s->T + t;
     r.th = r.bt * s->H + r.h;
     return r;
 }
@@ -1315,10 +1349,9 @@ __global__ void attention_dkv_kernel(F *dk, F *dv, const F *dout, const float *g
     for (int c = lane(); c < s.Dv; c += WARP) vs[c] = (float)v[at * s.v_row + kv * s.Dv + c], dvs[c] = 0;
     __syncwarp();
     const float scale = 1 / (float)sqrt((double)s.D);
-    int64_t from = key, to = s.T;       // the queries: a range, or for selection places in the list of takers
+    int64_t from, to;       // the queries: a range, or for selection places in the list of takers
     const int *list = NULL;
-    if (mask.kind == MASK_WINDOW) to = min64(s.T, key + mask.window);
-    if (mask.kind == MASK_COMPRESSED) from = key * mask.stride + mask.block - 1;
+    query_range(&mask, key, 1, &s, &from, &to);
     if (mask.kind == MASK_SELECTED) {
         const int64_t *start = takers.start + (b * s.KV + kv) * (takers.blocks + 1) + key / mask.sel_block;
         list = takers.queries;
@@ -1337,7 +1370,7 @@ __global__ void attention_dkv_kernel(F *dk, F *dv, const F *dout, const float *g
         float weight = 0, slope = 0;
         if (lane() < count) {
             const int64_t t = list ? list[from + x / G] : from + x / G, th = (b * s.T + t) * s.H + kv * G + x % G;
-            if (t >= key || mask.kind == MASK_COMPRESSED) {
+            if (s.t0 + t >= key || mask.kind == MASK_COMPRESSED) {
                 const float *query = queries + lane() * tile_row(s.D), *d = douts + lane() * tile_row(s.Dv), g = gate ? gate[th * BRANCHES] : 1;
                 float score = 0, dp = 0;
                 for (int c = 0; c < s.D; c++) score += ks[c] * query[c];
@@ -1561,7 +1594,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
 
 enum { SELECT_NUMBERS = 1 << 26, SELECT_HEADS = 4 };      // of a chunk, enough for several waves of blocks; heads that a thread meets a key with at once
 enum { STRETCH_BLOCKS = 64 };       // whose importances one kernel writes at once: rows are whole stretches
-static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) { return round_up(s->T / sel->sel_block + 1, STRETCH_BLOCKS); }
+static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) { return round_up((s->t0 + s->T) / sel->sel_block + 1, STRETCH_BLOCKS); }
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / (s->Tk + importance_row(s, sel))));
 }
@@ -1580,7 +1613,7 @@ DEVICE static inline I choice_end(I t, const SelectShape *sel) {
 template <typename F>
 __global__ void select_weights_kernel(float *weights, const F *q, const F *k, const float *lse, int64_t row0, AttentionShape s, SelectShape sel) {
     extern __shared__ float shared[];
-    const int64_t row = row0 + blockIdx.x, G = s.H / s.KV, kv = row % s.KV, bt = row / s.KV, t = bt % s.T, b = bt / s.T;
+    const int64_t row = row0 + blockIdx.x, G = s.H / s.KV, kv = row % s.KV, bt = row / s.KV, t = s.t0 + bt % s.T, b = bt / s.T;
     if (!choice_end(t, &sel)) return;
     const float scale = 1 / (float)sqrt((double)s.D);
     for (int64_t c = threadIdx.x; c < G * s.D; c += blockDim.x) shared[c] = (float)q[bt * s.q_row + kv * G * s.D + c] * scale;
@@ -1608,7 +1641,7 @@ __device__ static inline float importance_of(const float *weights, int j, int vi
 
 // importance (rows, row_size) of the blocks that a row may choose of, from its weights (rows, Tk). A block of threads a row.
 __global__ void importance_kernel(float *importance, int64_t row_size, const float *weights, int64_t row0, AttentionShape s, SelectShape sel) {
-    const int64_t t = (row0 + blockIdx.x) / s.KV % s.T;
+    const int64_t t = s.t0 + (row0 + blockIdx.x) / s.KV % s.T;
     const int visible = (int)compressed_seen(t, sel.cmp_block, sel.cmp_stride);
     for (int j = threadIdx.x; j < (int)choice_end(t, &sel); j += blockDim.x) importance[blockIdx.x * row_size + j] = importance_of(weights + blockIdx.x * s.Tk, j, visible, &sel);
 }
@@ -1622,7 +1655,7 @@ typedef struct Choice { int *idx, first, last; } Choice;
 
 // 0: there is no such row, or nothing to choose in it.
 __device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t row = row0 + i, t = row / s->KV % s->T, blocks = t / sel->sel_block + 1;
+    const int64_t row = row0 + i, t = s->t0 + row / s->KV % s->T, blocks = t / sel->sel_block + 1;
     x->idx = block_idx + row * sel->n;
     x->first = sel->n_init;
     x->last = (int)choice_end(t, sel);
@@ -1889,13 +1922,13 @@ __device__ static inline void team_begin(FastRows *x, KeyWalk *walk, int item, c
         walk->idx = mask->block_idx + ((x->b * s->T + t) * s->KV + x->kv) * mask->n;
         walk->i = -1;
         walk->end = 0;
-        walk->limit = (int)min64(t + 1, s->Tk);
+        walk->limit = (int)min64(s->t0 + t + 1, s->Tk);
     } else {
         const int first = tile * TEAM * MMA_ROWS;
         x->first = first + (int)(threadIdx.x / WARP) * MMA_ROWS;
         x->last = (int)s->T * G - 1;
-        key_range(mask, first / G, &lo, &unused);
-        key_range(mask, min32(first + TEAM * MMA_ROWS - 1, x->last) / G, &unused, &hi);
+        key_range(mask, s->t0 + first / G, &lo, &unused);
+        key_range(mask, s->t0 + min32(first + TEAM * MMA_ROWS - 1, x->last) / G, &unused, &hi);
         walk->idx = NULL;
         walk->i = 0;
         walk->k0 += (int)min64(lo, s->Tk);
@@ -1930,13 +1963,13 @@ __device__ static inline SeenKeys seen_keys(const FastRows *x, const Mask *mask,
         const int G = s->H / s->KV;
         int64_t lo, hi;
         for (int i = 0; i < 2; i++) {
-            key_range(mask, row_at(x, lane() / 4 + i * 8) / G, &lo, &hi);
+            key_range(mask, s->t0 + row_at(x, lane() / 4 + i * 8) / G, &lo, &hi);
             seen.lo[i] = (int)min64(lo, s->Tk);
             seen.hi[i] = (int)min64(hi, s->Tk);
         }
-        key_range(mask, row_at(x, MMA_ROWS - 1) / G, &lo, &hi);
+        key_range(mask, s->t0 + row_at(x, MMA_ROWS - 1) / G, &lo, &hi);
         seen.all_lo = (int)min64(lo, s->Tk);
-        key_range(mask, row_at(x, 0) / G, &lo, &hi);
+        key_range(mask, s->t0 + row_at(x, 0) / G, &lo, &hi);
         seen.all_hi = (int)min64(hi, s->Tk);
     }
     return seen;
@@ -2231,20 +2264,13 @@ DEVICE static inline int64_t key_tiles(int most, const Mask *mask, const Attenti
     return mask->kind == MASK_SELECTED ? blocks * tiles_of_block(most, mask) : blocks;
 }
 
-// The queries [from, to) that see any of the keys [k0, k0 + count), where these are a range.
-DEVICE static inline void query_range(const Mask *mask, int64_t k0, int64_t count, int64_t T, int64_t *from, int64_t *to) {
-    *from = min64(T, mask->kind == MASK_COMPRESSED ? k0 * mask->stride + mask->block - 1 : k0);
-    *to = mask->kind == MASK_WINDOW ? min64(T, k0 + count - 1 + min64(mask->window, T)) : T;
-    *to = max64(*from, *to);
-}
-
 typedef struct KeyTile { int64_t b, kv, k0, count, from, to; } KeyTile;
 __device__ static inline KeyTile key_tile_at(int64_t item, int most, const Mask *mask, const AttentionShape *s, const Takers *takers) {
     const int64_t tiles = key_tiles(most, mask, s), tile = item % tiles, bkv = item / tiles;
     KeyTile x = {bkv / s->KV, bkv % s->KV, tile * most, 0, 0, 0};
     if (mask->kind != MASK_SELECTED) {
         x.count = min64(most, s->Tk - x.k0);
-        query_range(mask, x.k0, x.count, s->T, &x.from, &x.to);
+        query_range(mask, x.k0, x.count, s, &x.from, &x.to);
         return x;
     }
     const int64_t block = tile / tiles_of_block(most, mask), inside = tile % tiles_of_block(most, mask) * tile_keys(most, mask);
@@ -2265,7 +2291,7 @@ static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape
     int64_t work = 0, from, to;
     if (mask->kind == MASK_SELECTED) work = s->T * mask->n * tiles_of_block(most, mask);
     for (int64_t i = 0; i < each && mask->kind != MASK_SELECTED; i++) {
-        query_range(mask, i * most, min64(most, s->Tk - i * most), s->T, &from, &to);
+        query_range(mask, i * most, min64(most, s->Tk - i * most), s, &from, &to);
         work += to - from;
     }
     work *= s->B * s->KV;
@@ -2329,7 +2355,7 @@ static int64_t dkv_bytes(int keys) {
 template <int D, int DV, int ROWS>
 static int dkv_fits(void) { return dkv_bytes<D, DV, ROWS>(RANGE_KEYS) <= (int64_t)gpu.sharedMemPerBlockOptin; }
 
-// Whether a query sees a key. With selection, key and query are of the same list.
+// Whether the query at position t sees a key. With selection, key and query are of the same list.
 __device__ static inline int sees_key(const Mask *mask, int t, int key) {
     if (mask->kind == MASK_COMPRESSED) return key * mask->stride + mask->block - 1 <= t;
     return key <= t && (mask->kind == MASK_SELECTED || t - key < mask->window);
@@ -2346,7 +2372,7 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
     const KeyTile x = key_tile_at(tile, RANGE_KEYS, &mask, &s, &takers);
     const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
     const int64_t from = x.from + (x.to - x.from) * part / parts, to = x.from + (x.to - x.from) * (part + 1) / parts;
-    const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS;
+    const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS, t0 = (int)s.t0;
     const int *list = mask.kind == MASK_SELECTED ? takers.queries + from : NULL;
     bf16 *key_tile = (bf16 *)fast_shared, *value_tile = key_tile + keys * D, *memory = value_tile + keys * DV;
     float *numbers = (float *)(memory + 2 * STAGE);                 // (stage, lse / delta / gate, ROWS)
@@ -2407,7 +2433,7 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
         __syncthreads();
         const int *tokens = places + stage % PLACE_SLOTS * 2 * ROWS, last = min32(rows - stage * ROWS, ROWS) - 1;
         // Queries ascend, keys too: the corners say whether everything between them is seen.
-        const int masked = !sees_key(&mask, tokens[0], (int)x.k0 + count - 1) || !sees_key(&mask, tokens[last], (int)x.k0);
+        const int masked = !sees_key(&mask, t0 + tokens[0], (int)x.k0 + count - 1) || !sees_key(&mask, t0 + tokens[last], (int)x.k0);
         const float *lses = numbers + stage % 2 * 3 * ROWS, *deltas = lses + ROWS, *gates = deltas + ROWS;
         bf16 *q_tile = memory + stage % 2 * STAGE, *dout_tile = q_tile + ROWS * D;
         #pragma unroll 1
@@ -2421,7 +2447,7 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
                 const int row = j + n * 8 + lane() % 4 * 2;
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int at = row + e % 2, hidden = masked && !sees_key(&mask, tokens[at], first_key + e / 2 * 8);
+                    const int at = row + e % 2, hidden = masked && !sees_key(&mask, t0 + tokens[at], first_key + e / 2 * 8);
                     const float probability = hidden ? 0 : power_of_2(p[n][e] * scale2 - lses[at] * LOG2E);
                     p[n][e] = probability * gates[at];
                     ds[n][e] = probability * (ds[n][e] * gates[at] - deltas[at]);
@@ -2547,7 +2573,7 @@ __global__ void takers_start_kernel(Takers takers, int64_t group_items) {
 }
 
 static int64_t takers_scratch(const AttentionShape *s, const Mask *mask) {
-    return mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->T - 1) / mask->sel_block + 1) : 0;
+    return mask->kind == MASK_SELECTED ? s->B * s->KV * taker_stretches(s) * ((s->Tk - 1) / mask->sel_block + 1) : 0;
 }
 static int64_t fast_attention_partial(const AttentionShape *s, const Mask *mask) {
     return max64(takers_scratch(s, mask), parts_numbers(RANGE_KEYS, mask, s));      // the lists are made before the parts are
@@ -2743,8 +2769,8 @@ __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, c
     x->b = (int)(item % bkv) / s->KV;
     x->kv = (int)(item % bkv) % s->KV;
     x->t0 = (tiles - 1 - (int)(item / bkv)) * tokens;
-    key_range(mask, x->t0, &lo, &unused);
-    key_range(mask, min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
+    key_range(mask, s->t0 + x->t0, &lo, &unused);
+    key_range(mask, s->t0 + min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
     x->k0 = (int)lo;
     x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
     return 1;
@@ -3128,7 +3154,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             wgmma_commit();
         };
         const auto exponentials = [&] {
-            const int k0 = now.block * KEYS;
+            const int k0 = now.block * KEYS - (int)s.t0;     // from the first query on
             if (k0 + KEYS - 1 > x.t0) {
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
@@ -3411,7 +3437,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
             #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
             if (now.choosers & of.queries) {
-                const int k0 = now.block * KEYS, masked = k0 + KEYS - 1 > x.t0;
+                const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0;      // from the first query on
                 const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
@@ -3447,7 +3473,7 @@ struct HopperDkv {
     static constexpr int SLABS = 2, KEYS = LISTED ? SLAB_ROWS : HOPPER_KEYS, ROWS = 64, STAGES = D == 64 ? 6 : 4, USERS = LISTED ? 1 : SLABS, THREADS = (SLABS + 1) * WARPGROUP;
     enum { BYTES = (KEYS + STAGES * ROWS) * (D + DV) * 2, BARRIERS = 1 + 2 * STAGES };
 };
-struct alignas(16) StageStats { RowStats of_row[64]; int token[64]; };      // of a stage's rows
+struct alignas(16) StageStats { RowStats of_row[64]; int position[64]; };      // of a stage's rows
 
 template <int D, int DV, int LISTED>
 __global__ void __launch_bounds__(HopperDkv<D, DV, LISTED>::THREADS, 1)
@@ -3530,7 +3556,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 const int row = i * WARP + lane();
-                to->token[row] = token[i];
+                to->position[row] = (int)s.t0 + token[i];
                 if (row < tokens * G && place0 + row / G < queue) cp_async_8(to->of_row + row, stats + (x.b * s.T + token[i]) * s.H + x.kv * G + row % G);
                 else to->of_row[row] = make_float2(INFINITY, 0);
             }
@@ -3560,7 +3586,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_wait<1>();
         wgmma_done<ROWS>(p);
         // Queries ascend, keys too: the corners say whether everything between them is seen.
-        const int masked = !sees_key(&mask, of->token[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->token[ROWS - 1], (int)x.k0);
+        const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++) {
             const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
@@ -3569,7 +3595,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             if (masked) {
                 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    if (!sees_key(&mask, of->token[n * 8 + lane() % 4 * 2 + e % 2], first_key + e / 2 * 8)) p[n][e] = 0;
+                    if (!sees_key(&mask, of->position[n * 8 + lane() % 4 * 2 + e % 2], first_key + e / 2 * 8)) p[n][e] = 0;
             }
         }
         wgmma_wait<0>();
@@ -3733,14 +3759,14 @@ fast_select_kernel(float *weights, const bf16 *q, const bf16 *k, const float *ls
     const int G = s.H / s.KV, tid = threadIdx.x, pair = lane() % 4 * 2;
     const int64_t per_text = (s.T + select_tokens<NB>() - 1) / select_tokens<NB>(), tile = first_tile + blockIdx.x / s.KV, kv = blockIdx.x % s.KV, b = tile / per_text;
     const int64_t t0 = tile % per_text * select_tokens<NB>(), last = min64(t0 + select_tokens<NB>(), s.T) - 1, mine = t0 + tid / WARP * TOKENS;
-    if (!choice_end(last, &sel)) return;
-    const int seen = (int)min64(compressed_seen(last, sel.cmp_block, sel.cmp_stride), s.Tk);
+    if (!choice_end(s.t0 + last, &sel)) return;
+    const int seen = (int)min64(compressed_seen(s.t0 + last, sel.cmp_block, sel.cmp_stride), s.Tk);
     const bf16 *keys = k + b * s.Tk * s.k_row + kv * D;
     bf16 *memory = (bf16 *)fast_shared;
     const float scale2 = LOG2E / sqrtf((float)D);
     // Lanes of a quad have the same sums: each writes those of one token.
     const int64_t t = mine + lane() % 4, row = (b * s.T + t) * s.KV + kv;
-    const int writes = lane() % 4 < TOKENS && t < s.T && row >= row0 && row < row0 + rows ? (int)min64(compressed_seen(t, sel.cmp_block, sel.cmp_stride), s.Tk) : 0;
+    const int writes = lane() % 4 < TOKENS && t < s.T && row >= row0 && row < row0 + rows ? (int)min64(compressed_seen(s.t0 + t, sel.cmp_block, sel.cmp_stride), s.Tk) : 0;
     float *to = weights + (writes ? row - row0 : 0) * s.Tk;
 
     for (int head0 = 0; head0 < G; head0 += NB * 8) {
@@ -3864,7 +3890,7 @@ __device__ static inline int choice_tile(ChoiceTile *x, int round, int first_til
     x->b = tile / per_text;
     x->kv = item % s->KV;
     x->t0 = tile % per_text * TOKENS;
-    x->blocks = choice_end(min32(x->t0 + TOKENS, T) - 1, sel);
+    x->blocks = choice_end((int)s->t0 + min32(x->t0 + TOKENS, T) - 1, sel);
     return 1;
 }
 
@@ -3929,7 +3955,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
         // This lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
         const int t = x.t0 + slab * TOKENS + quad;
         const int64_t row = (x.b * s.T + t) * s.KV + x.kv - row0, before = max64(0, -row + s.KV - 1) / s.KV;
-        const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
+        const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block - s.t0), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
         float *to_row = importance + row * row_size + block_of_lane;
         float lse2[SETS][HEADS], own[SETS][2] = {{0}}, next[SETS][2] = {{0}}, p[COLUMNS / 8][4], p_after[COLUMNS / 8][4];
         int c = 0, block0 = 0;
@@ -3986,7 +4012,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
                         for (int i = 0; i < 2; i++) sum[i] += power_of_2(of[set * HEADS / 2 + h / 2][i * 2 + h % 2] * scale2 - lse2[set][h]);
                     #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > t + set * 4) sum[i] = 0;
+                        if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > (int)s.t0 + t + set * 4) sum[i] = 0;
                         own[set][i] += here * sum[i];
                         next[set][i] += beyond * sum[i];
                     }
@@ -4082,7 +4108,8 @@ static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
 
 // Whether a model's attention runs on tensor cores.
 static int fast_model(const Config *c) {
-    AttentionShape s = attention_shape(c, 1, 1, 8);
+    const Pieces whole = pieces_of(1, 1);
+    AttentionShape s = attention_shape(c, 1, &whole, 0, 8, 8);
     Mask mask;
     memset(&mask, 0, sizeof mask);
     return is_bf16(c) && fast_attention(&s, &mask);
@@ -4113,7 +4140,7 @@ static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, c
 template <typename F>
 static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, const Mask *mask, float *scratch) {
     constexpr int IS_BF16 = std::is_same<F, bf16>::value;
-    const int none = takes_all_blocks(s->T, sel->n, sel->sel_block) || free_places(sel) == 0;     // nothing to weigh
+    const int none = takes_all_blocks(s->t0 + s->T, sel->n, sel->sel_block) || free_places(sel) == 0;     // nothing to weigh
     const int fast = IS_BF16 && fast_attention(s, mask), hopper = fast && hopper_select(s, sel, mask);
     const int64_t rows = s->B * s->T * s->KV, chunk = hopper ? hopper_select_chunk(s, sel) : select_chunk(s, sel);
     float *importance = scratch, *weights = importance + chunk * importance_row(s, sel);
@@ -4337,6 +4364,16 @@ static void gpu_moe_route(const Routing *r, const MoeShape *s, const int *given,
     moe_lists(r->row_token, r->start, count, kept, s);
 }
 
+// The loads of all parts of the micro-batch.
+static void gpu_sum_loads(int64_t *load, const MoeShape *s) {
+    const int64_t bytes = s->E * (int64_t)sizeof(int64_t);
+    int64_t *sums = (int64_t *)xmalloc((size_t)bytes);
+    to_host(sums, load, bytes);
+    comm_sum_parts(sums, s->E);
+    to_device(load, sums, bytes);
+    free(sums);
+}
+
 // From the gradient of the shares' weights to that of the router's logits, dlogits (N,E): through the renormalisation, the two
 // terms' own gradients, and the softmax. dprobs (N,E): working memory.
 template <typename F>
@@ -4351,7 +4388,7 @@ __global__ void router_backward_kernel(F *dlogits, float *dprobs, const float *d
     for (int j = 0; j < s.k; j++) mean += dweight[i * s.k + j] * p[choice[j]] / chosen;
     for (int j = 0; j < s.k; j++) d[choice[j]] = s.k == 1 ? dweight[i] : (dweight[i * s.k + j] - mean) / chosen;
     for (int e = 0; e < s.E; e++) {
-        d[e] += (float)(scale * balance_coef * s.E / (double)s.N * (double)r.load[e] / (double)(s.N * s.k));
+        d[e] += (float)(scale * balance_coef * s.E / (double)s.N * (double)r.load[e] / (double)(s.N * s.k * s.parts));
         total += p[e] * d[e];
     }
     const float dz = (float)(scale * z_coef * 2 / (double)s.N) * r.lse[i];
@@ -4577,7 +4614,8 @@ struct GpuActs {
 // Buffers that every layer uses in turn.
 template <typename F>
 struct GpuScratch {
-    F *norm, *y, *attention, *ffn, *compress, *logits, *dx, *dnorm, *dwide, *dattention, *dcompressed[2], *drouter;
+    F *norm, *y, *attention, *ffn, *compress, *logits, *dx, *dnorm, *dwide, *dattention, *dcompressed[2], *drouter;     // dcompressed: of each own piece
+    F *keys, *dkeys;                            // as in Scratch; dkeys of each own piece
     float *select, *parts, *sums, *loss, *dgates, *dq, *delta, *partial, *dprobs, *dweight;
     int *kept, *shares;                         // (N·k) twice: experts with a capacity
     int64_t *count;                             // (E)
@@ -4618,14 +4656,6 @@ static int64_t count_small(const Model *m, int64_t *small_at) {
 // memory, so that a tie that falls the other way does not look like an error.
 static int **given_block_idx, **given_experts;
 
-template <typename F>
-static Mask gpu_branch_mask(const Config *c, const GpuActs<F> *a, AttentionShape *s, int layer, int branch) {
-    LayerActs places;
-    memset(&places, 0, sizeof places);
-    places.block_idx = a->block_idx;
-    return branch_mask(c, &places, s, layer, branch);
-}
-
 // Rows of the wide projection's result, long enough for loads of 16 bytes; columns past wide_row's size are not used.
 static WideRow gpu_wide_row(const Config *c, int layer) {
     WideRow w = wide_row(c, layer);
@@ -4652,7 +4682,7 @@ static int has_nsa(const Config *c) {
 template <typename F>
 static void carve_gpu_acts(GpuActs<F> *acts, const Config *c, int64_t B, int64_t T, int recompute, int train, Carver *m) {
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
-    const int64_t L = c->num_hidden_layers, E = c->num_experts, k = c->num_experts_per_tok, nc = compressed_seen(T - 1, c->cmp_block, c->cmp_stride);
+    const int64_t L = c->num_hidden_layers, E = c->num_experts, k = c->num_experts_per_tok, nc = compressed_seen(T * comm.parts - 1, c->cmp_block, c->cmp_stride);
     const int keep_attention = train && recompute < 2, keep_ffn = train && recompute < 1, nsa = has_nsa(c);
     int64_t wide = 0, width = 0, moe = 0;
     for (int l = 0; l < L; l++) {       // shared buffers fit the largest layer
@@ -4710,26 +4740,28 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
     const int64_t E = c->num_experts, k = c->num_experts_per_tok;
     const int nsa = has_nsa(c);
-    int64_t wide = 0, width = 0, compress = 0, select = 0, partial = 0;
+    const Pieces p = pieces_of(comm.parts, T);
+    int64_t wide = 0, width = 0, compress = 0, select = 0, partial = 0, keys = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
-        wide = max64(wide, gpu_wide_row(c, l).size);
+        const WideRow row = gpu_wide_row(c, l);
+        wide = max64(wide, row.size);
         width = max64(width, ffn_width(c, l));
-        for (int b = 0; b < (layer_is_full(c, l) ? 1 : BRANCHES) && fast_model(c); b++) {
-            GpuActs<F> none;
-            AttentionShape shape = attention_shape(c, B, T, 0);
-            memset(&none, 0, sizeof none);
-            const Mask mask = gpu_branch_mask(c, &none, &shape, l, b);
-            partial = max64(partial, gpu_attention_partial(&shape, &mask));
-        }
+        if (p.parts > 1) keys = max64(keys, B * p.text * keys_width(&row));
+        for (int b = 0; b < row.branches && fast_model(c); b++)
+            for (int i = 0; i < p.all; i++) {       // of any piece, so that all ranks take as much
+                AttentionShape shape = attention_shape(c, B, &p, i, 0, 0);
+                const Mask mask = branch_mask(c, NULL, &shape, l, b);
+                partial = max64(partial, gpu_attention_partial(&shape, &mask));
+            }
     }
-    const int64_t nc = nsa ? compressed_seen(T - 1, c->cmp_block, c->cmp_stride) : 0;
+    const int64_t nc = nsa ? compressed_seen(p.text - 1, c->cmp_block, c->cmp_stride) : 0;
     if (nsa) {
-        AttentionShape shape = attention_shape(c, B, T, 0);
+        AttentionShape shape = attention_shape(c, B, &p, p.all - 1, 0, 0);
         const SelectShape sel = select_shape(c);
         shape.Tk = nc;
         select = gpu_select_scratch(&shape, &sel);
         for (int i = 0; i < 2; i++) {
-            const CompressShape cs = compress_shape(c, B, T, 0, i);
+            const CompressShape cs = compress_shape(c, B, p.text, 0, i);
             compress = max64(compress, gpu_compress_scratch(&cs));
         }
     }
@@ -4748,27 +4780,29 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->tokens, N);
     carve(m, &s->targets, N);
     if (E) {
-        const MoeShape moe = moe_shape(c, N, NULL);
+        const MoeShape moe = moe_shape(c, N, comm.parts, NULL);
         carve_moe_scratch(&s->moe, &moe, m);
         carve(m, &s->kept, N * k);
         carve(m, &s->shares, N * k);
         carve(m, &s->count, E);
     }
+    carve(m, &s->keys, keys);
     if (!train) return;
+    carve(m, &s->dkeys, p.own * keys);
     carve(m, &s->dx, N * C);
     carve(m, &s->dnorm, N * C);
     carve(m, &s->dwide, N * wide);
     carve(m, &s->dattention, N * H * Dv);
     carve(m, &s->dgates, nsa ? N * H * BRANCHES : 0);
     carve(m, &s->dq, N * H * D);
-    carve(m, &s->dcompressed[0], B * nc * KV * D);
-    carve(m, &s->dcompressed[1], B * nc * KV * Dv);
+    carve(m, &s->dcompressed[0], p.own * B * nc * KV * D);
+    carve(m, &s->dcompressed[1], p.own * B * nc * KV * Dv);
     carve(m, &s->delta, N * H);
     carve(m, &s->partial, partial);
     carve(m, &s->dprobs, N * E);
     carve(m, &s->drouter, N * E);
     carve(m, &s->dweight, E ? N * k : 0);
-    s->takers.blocks = nsa ? (T - 1) / c->sel_block + 1 : 0;
+    s->takers.blocks = nsa ? (p.text - 1) / c->sel_block + 1 : 0;
     carve(m, &s->takers.count, B * KV * s->takers.blocks);
     carve(m, &s->takers.start, B * KV * (s->takers.blocks + 1));
     carve(m, &s->takers.queries, nsa ? N * KV * c->sel_blocks : 0);
@@ -4789,7 +4823,7 @@ static void net_bytes(int64_t bytes[2], const Config *c, int64_t B, int64_t T, i
     m.used = 0;
     carve_gpu_scratch(&work, c, B, T, train, &m);
     float *rope, *rstd;
-    carve(&m, &rope, T * c->head_dim);
+    carve(&m, &rope, T * comm.parts * c->head_dim);
     carve(&m, &rstd, B * T);
     bytes[1] = m.used;
     free(acts);
@@ -4836,7 +4870,7 @@ static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) 
     Carver m = {n->memory, 0};
     carve_gpu_acts(n->acts, c, B, T, recompute, train, &m);
     carve_gpu_scratch(&n->work, c, B, T, train, &m);
-    carve(&m, &g->rope, T * c->head_dim);
+    carve(&m, &g->rope, T * g->parts * c->head_dim);
     carve(&m, &g->final_rstd, B * T);
 }
 
@@ -4876,6 +4910,7 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     }
     g->B = (int)B;
     g->T = (int)T;
+    g->parts = comm.parts;
     g->recompute = recompute;
     g->train = train;
     if (train && !g->adam_m) {
@@ -4889,10 +4924,11 @@ void device_alloc(Model *m, int64_t B, int64_t T, int recompute, int train) {
     }
     if (is_bf16(c)) net_alloc<bf16>(g, B, T, recompute, train);
     else net_alloc<float>(g, B, T, recompute, train);
-    g->rope_positions = T;
-    float *angles = (float *)xmalloc((size_t)(T * c->head_dim) * sizeof(float));
-    rope_table(angles, T, c->head_dim, c->rope_theta);
-    to_device(g->rope, angles, T * c->head_dim * (int64_t)sizeof(float));
+    g->rope_positions = T * g->parts;
+    const int64_t bytes = g->rope_positions * c->head_dim * (int64_t)sizeof(float);
+    float *angles = (float *)xmalloc((size_t)bytes);
+    rope_table(angles, g->rope_positions, c->head_dim, c->rope_theta);
+    to_device(g->rope, angles, bytes);
     free(angles);
 }
 
@@ -5051,6 +5087,63 @@ static Heads some_heads(int count) {
     return h;
 }
 
+// As text_keys: the keys and values of whole texts.
+template <typename F> struct GpuTextKeys { F *x; int64_t row; };
+
+// A thread a number of the rows (N,width) that this part has of them.
+template <typename F>
+__global__ void text_keys_kernel(F *keys, const F *wide, int64_t wide_row, int64_t n, int64_t width, Pieces p, int part, int64_t B) {
+    const int64_t i = global_thread(), x = i / width, j = i % width;
+    if (i < n) keys[row_of_texts(&p, part, x, B) * width + j] = wide[x * wide_row + j];
+}
+
+template <typename F>
+static GpuTextKeys<F> gpu_text_keys(F *wide, const WideRow *row, const Pieces *p, int64_t B, int again) {
+    GpuTextKeys<F> keys = {wide + row->k[0], row->size};
+    if (p->parts == 1) return keys;
+    keys.x = net<F>.work.keys;
+    keys.row = keys_width(row);
+    if (again) return keys;
+    const int64_t n = p->own * p->length * B * keys.row;
+    text_keys_kernel<<<grid(n, THREADS), THREADS>>>(keys.x, (const F *)wide + row->k[0], row->size, n, keys.row, *p, own_part(p), B);
+    LAUNCHED();
+    nccl_exchange_pieces((char *)keys.x, (const char *)keys.x, p, B, p->length * keys.row * (int64_t)sizeof(F), 0);
+    return keys;
+}
+
+// x (n) += the one behind it
+template <typename F>
+__global__ void add_next_kernel(F *x, int64_t n) {
+    const int64_t i = global_thread();
+    if (i < n) x[i] = (F)((float)x[i] + (float)x[n + i]);
+}
+template <typename F>
+static void add_pieces(F *x, int64_t n, const Pieces *p) {
+    if (p->own == 1 || n == 0) return;
+    add_next_kernel<<<grid(n, THREADS), THREADS>>>(x, n);
+    LAUNCHED();
+}
+
+// As text_keys_backward: what this part and the others have for its rows, in the order of the parts.
+template <typename F>
+__global__ void text_keys_sum_kernel(F *dwide, int64_t wide_row, const F *mine, const F *theirs, int64_t n, int64_t width, Pieces p, int me, int64_t B) {
+    const int64_t i = global_thread(), x = i / width, j = i % width;
+    if (i >= n) return;
+    float sum = 0;
+    for (int part = 0; part < p.parts; part++) sum += (float)(part == me ? mine : theirs)[row_of_texts(&p, part, x, B) * width + j];
+    dwide[x * wide_row + j] = (F)sum;
+}
+
+template <typename F>
+static void gpu_text_keys_backward(F *dwide, const WideRow *row, const Pieces *p, int64_t B) {
+    const int64_t width = keys_width(row), n = p->own * p->length * B * width;
+    F *mine = net<F>.work.dkeys, *theirs = net<F>.work.keys;
+    add_pieces(mine, B * p->text * width, p);
+    nccl_exchange_pieces((char *)theirs, (const char *)mine, p, B, p->length * width * (int64_t)sizeof(F), 1);
+    text_keys_sum_kernel<<<grid(n, THREADS), THREADS>>>(dwide + row->k[0], row->size, (const F *)mine, (const F *)theirs, n, width, *p, own_part(p), B);
+    LAUNCHED();
+}
+
 template <typename F>
 static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64_t T) {
     const Config *c = &g->config;
@@ -5059,7 +5152,8 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
     const GpuActs<F> *a = &net<F>.acts[layer];
     const WideRow row = gpu_wide_row(c, layer);
     const Heads turning = turning_heads(c, &row, 1), blocks = some_heads(c->num_key_value_heads);
-    const int64_t N = B * T;
+    const Pieces p = pieces_of(g->parts, T);
+    const int64_t N = B * T, rows = B * p.length;
     const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
 
     if (nsa) {      // before RoPE turns q
@@ -5067,28 +5161,35 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
                                                                           small(g, w->gate_bias), N, H, D, c->gate);
         LAUNCHED();
     }
-    gpu_rope<F>(a->wide, row.size, NULL, g->rope, N, T, 1, &turning, D, 1);
+    for (int i = 0; i < p.own; i++)
+        gpu_rope<F>(a->wide + i * rows * row.size, row.size, NULL, g->rope + piece_start(&p, i) * D, rows, p.length, 1, &turning, D, 1);
+    const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, 0);
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
-        AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = gpu_branch_mask(c, a, &shape, layer, b);
-        F *k = a->wide + row.k[b], *v = a->wide + row.v[b];
+        F *k = keys.x + row.k[b] - row.k[0], *v = keys.x + row.v[b] - row.k[0];
         if (compressed) {
             for (int i = 0; i < 2; i++) {
-                const CompressShape cs = compress_shape(c, B, T, row.size, i);
+                const CompressShape cs = compress_shape(c, B, p.text, keys.row, i);
                 const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
                 const CompressWeights vectors = compress_vectors(g, &w->compress[i]);
                 gpu_compress_forward<F>(a->compressed[i], a->hidden[i], i ? v : k, &vectors, &m, &cs, s->compress);
             }
             k = a->compressed[0];
             v = a->compressed[1];
-            gpu_rope<F>(k, shape.k_row, NULL, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, &blocks, D, 1);
+            const int64_t nc = compressed_seen(p.text - 1, c->cmp_block, c->cmp_stride);
+            gpu_rope<F>(k, (int64_t)KV * D, NULL, g->rope, B * nc, max64(nc, 1), c->cmp_stride, &blocks, D, 1);
         }
-        gpu_attention_forward<F>(a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape);
-        if (compressed) {
+        for (int i = 0; i < p.own; i++) {
+            const int64_t first = i * rows;
+            AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
+            int *block_idx = nsa ? a->block_idx + first * KV * c->sel_blocks : NULL;
+            const Mask mask = branch_mask(c, block_idx, &shape, layer, b);
+            const F *q = a->wide + first * row.size;
+            gpu_attention_forward<F>(a->branch[b] + first * H * c->v_head_dim, a->lse[b] + first * H, q, k, v, &mask, &shape);
+            if (!compressed) continue;
             const SelectShape select = select_shape(c);
-            gpu_select_forward<F>(a->block_idx, a->wide, k, a->lse[CMP], &shape, &select, &mask, s->select);
-            if (given_block_idx) device_copy(a->block_idx, given_block_idx[layer], N * KV * c->sel_blocks * (int64_t)sizeof(int));
+            gpu_select_forward<F>(block_idx, q, k, a->lse[CMP] + first * H, &shape, &select, &mask, s->select);
+            if (given_block_idx) device_copy(block_idx, given_block_idx[layer] + first * KV * c->sel_blocks, rows * KV * c->sel_blocks * (int64_t)sizeof(int));
         }
     }
     if (!nsa) return a->branch[0];
@@ -5106,7 +5207,7 @@ static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t 
     const int64_t N = B * T, C = c->hidden_size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
     gpu_linear_forward(a->wide, gpu_wide_row(c, layer).size, s->norm, C, matrix<F>(g, w->wide), N, C, wide_row(c, layer).size);
     gpu_linear_forward(s->y, C, gpu_attention_core_forward<F>(g, layer, B, T), HDv, matrix<F>(g, w->o), N, HDv, C);
-    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, small(g, w->norm2), N, C, c->rms_norm_eps, dropout_at(c, T, 2 * layer + 1, info));
+    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, small(g, w->norm2), N, C, c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 1, info));
 }
 
 // What backward needs of the FFN: work.norm (of mid) to gate_up, and the experts' routing and gate_up.
@@ -5119,9 +5220,10 @@ static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInf
     const int64_t C = c->hidden_size, width = ffn_width(c, layer);
     gpu_linear_forward(a->gate_up, 2 * width, s->norm, C, matrix<F>(g, w->gate_up), N, C, 2 * width);
     if (!layer_is_moe(c, layer)) return;
-    const MoeShape moe = moe_shape(c, N, info);
+    const MoeShape moe = moe_shape(c, N, g->parts, info);
     gpu_linear_forward(a->routing.probs, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E);
     gpu_moe_route(&a->routing, &moe, given_experts ? given_experts[layer] : NULL, s->count, s->kept, s->shares);
+    if (g->parts > 1) gpu_sum_loads(a->routing.load, &moe);
 }
 
 // work.norm: from the norm of mid to that of out, which is the next layer's input or the head's.
@@ -5141,11 +5243,11 @@ static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, con
         device_zero(s->y, N * C * (int64_t)sizeof(F));
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, N, info);
+        const MoeShape moe = moe_shape(c, N, g->parts, info);
         gpu_moe_forward<F>(s->y, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
     }
     gpu_add_norm<F>(a->out, s->norm, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
-                    c->rms_norm_eps, dropout_at(c, T, 2 * layer + 2, info));
+                    c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 2, info));
 }
 
 // What the log and the loss say of a layer, gathered in the host's model.
@@ -5164,7 +5266,7 @@ static void gpu_layer_stats(Model *m, int layer, int64_t B, int64_t T, const Ste
         m->gate_count[layer] += n;
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, B * T, info);
+        const MoeShape moe = moe_shape(c, B * T, m->twin->parts, info);
         gpu_moe_losses(&m->moe_z, &m->moe_balance, &m->moe_load[layer * c->num_experts], &a->routing, &moe, c->z_loss_coef, c->balance_loss_coef, s->sums, s->parts);
     }
 }
@@ -5174,7 +5276,7 @@ template <typename F>
 static void gpu_embed(const Model *g, int64_t B, int64_t T, const StepInfo *info) {
     const GpuActs<F> *a = net<F>.acts;
     const int64_t N = B * T, C = g->config.hidden_size;
-    embed_kernel<<<(unsigned)N, THREADS>>>(a->x, net<F>.work.tokens, matrix<F>(g, g->embed), C, dropout_at(&g->config, T, 0, info));
+    embed_kernel<<<(unsigned)N, THREADS>>>(a->x, net<F>.work.tokens, matrix<F>(g, g->embed), C, dropout_at(g, B, T, 0, info));
     LAUNCHED();
     gpu_rmsnorm_forward<F>(net<F>.work.norm, a->rstd1, a->x, small(g, g->layers[0].norm1), N, C, g->config.rms_norm_eps);
 }
@@ -5184,7 +5286,7 @@ template <typename F>
 static void gpu_layers_forward(Model *m, const int *tokens, int64_t B, int64_t T, const StepInfo *info) {
     Model *g = m->twin;
     const int64_t N = B * T;
-    if (N > (int64_t)g->B * g->T || T > g->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, g->B, g->T);
+    if (N > (int64_t)g->B * g->T || T * g->parts > g->rope_positions) die(1, "internal error: a batch of %" PRId64 "x%" PRId64 " in memory for %dx%d", B, T, g->B, g->T);
     m->moe_z = m->moe_balance = 0;
     to_device(net<F>.work.tokens, tokens, N * (int64_t)sizeof(int));
     gpu_embed<F>(g, B, T, info);
@@ -5254,7 +5356,10 @@ static void gpu_logits(Model *m, const int *tokens, int64_t B, int64_t T, real *
     GpuScratch<F> *s = &net<F>.work;
     const int64_t C = m->config.hidden_size, V = m->config.vocab_size, N = last_only ? B : B * T, skip = last_only ? T : 1;
     const int64_t rows = gpu_logit_rows(&m->config, B * T), ld = logit_row(&m->config);
+    const int parts = g->parts;
+    g->parts = 1;
     gpu_layers_forward<F>(m, tokens, B, T, NULL);
+    g->parts = parts;
     for (int64_t i = 0; i < N; i += rows) {
         const int64_t n = min64(rows, N - i);
         gpu_linear_forward(s->logits, ld, s->norm + ((i + 1) * skip - 1) * C, skip * C, matrix<F>(g, g->head), n, C, ld);
@@ -5277,7 +5382,7 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
-    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 2, info));
+    const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 2, info));
     gpu_norm_again<F>(s->norm, a->rstd2, a->mid, small(g, w->norm2), N, C);
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
@@ -5288,7 +5393,7 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
         device_zero(s->dnorm, N * C * (int64_t)sizeof(F));
     }
     if (layer_is_moe(c, layer)) {
-        const MoeShape moe = moe_shape(c, N, info);
+        const MoeShape moe = moe_shape(c, N, g->parts, info);
         gpu_moe_backward<F>(s->dnorm, grad_of(g, w->experts), s->dweight, dy, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
         router_backward_kernel<<<grid(N, THREADS), THREADS>>>(s->drouter, s->dprobs, s->dweight, a->routing, moe, c->z_loss_coef, c->balance_loss_coef, info->grad_scale);
         LAUNCHED();
@@ -5305,40 +5410,57 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const WideRow row = gpu_wide_row(c, layer);
-    const int64_t N = B * T;
-    const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, nsa = row.branches > 1;
-    const Heads keys = turning_heads(c, &row, 0), queries = some_heads(H), blocks = some_heads(KV);
+    const Pieces p = pieces_of(g->parts, T);
+    const int64_t N = B * T, rows = B * p.length, nc = compressed_seen(p.text - 1, c->cmp_block, c->cmp_stride);
+    const int H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, nsa = row.branches > 1;
+    const Heads turning = turning_heads(c, &row, 0), queries = some_heads(H), blocks = some_heads(KV);
+    const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, g->recompute >= 2);
+    F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
+    const int64_t size = B * p.text * keys.row;
+    if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
-        AttentionShape shape = attention_shape(c, B, T, row.size);
-        const Mask mask = gpu_branch_mask(c, a, &shape, layer, b);
-        const F *k = compressed ? a->compressed[0] : a->wide + row.k[b], *v = compressed ? a->compressed[1] : a->wide + row.v[b];
-        F *dk = compressed ? s->dcompressed[0] : s->dwide + row.k[b], *dv = compressed ? s->dcompressed[1] : s->dwide + row.v[b];
-        gpu_attention_backward<F>(s->dq, b > 0, dk, dv, s->dattention, nsa ? a->gates + b : NULL, a->branch[b], a->lse[b], a->wide, k, v, &mask, &shape,
-                                  s->delta, &s->takers, s->partial);
+        const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
+        const F *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
+        F *dk = compressed ? s->dcompressed[0] : dkeys + k_at, *dv = compressed ? s->dcompressed[1] : dkeys + v_at;
+        for (int i = 0; i < p.own; i++) {       // each piece has gradients of its own of all keys
+            const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
+            AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
+            const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
+            gpu_attention_backward<F>(s->dq + heads * D, b > 0, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
+                                      a->branch[b] + heads * Dv, a->lse[b] + heads, a->wide + first * row.size, k, v, &mask, &shape, s->delta, &s->takers, s->partial);
+        }
         if (!compressed) continue;
-        gpu_rope<F>(dk, shape.k_row, NULL, g->rope, B * shape.Tk, max64(shape.Tk, 1), c->cmp_stride, &blocks, D, -1);
+        add_pieces(dk, B * nc * KV * D, &p);
+        add_pieces(dv, B * nc * KV * Dv, &p);
+        gpu_rope<F>(dk, (int64_t)KV * D, NULL, g->rope, B * nc, max64(nc, 1), c->cmp_stride, &blocks, D, -1);
         for (int i = 0; i < 2; i++) {
-            const CompressShape cs = compress_shape(c, B, T, row.size, i);
+            const CompressShape cs = compress_shape(c, B, p.text, keys.row, i);
             const CompressMatrices<F> m = compress_matrices<F>(g, &w->compress[i]);
             const CompressWeights vectors = compress_vectors(g, &w->compress[i]);
             CompressWeights wc = w->compress[i], dw = wc;
             CompressTensor list[COMPRESS_TENSORS];
             const int count = compress_tensors(list, c->compress, KV, c->cmp_block, cs.D);
             for (int t = 0; t < count; t++) *compress_pointer(&dw, &list[t]) = grad_of(g, *compress_pointer(&wc, &list[t]));
-            const int64_t at = (i ? row.v : row.k)[CMP];
-            gpu_compress_backward<F>(s->dwide + at, &dw, s->dcompressed[i], a->hidden[i], a->wide + at, &vectors, &m, &cs, s->compress, s->parts);
+            const int64_t at = i ? v_at : k_at;
+            gpu_compress_backward<F>(dkeys + at, &dw, s->dcompressed[i], a->hidden[i], keys.x + at, &vectors, &m, &cs, s->compress, s->parts);
         }
     }
-    gpu_rope<F>(s->dwide, row.size, NULL, g->rope, N, T, 1, &keys, D, -1);
-    gpu_rope<F>(s->dwide + row.q, row.size, s->dq, g->rope, N, T, 1, &queries, D, -1);
+    if (p.parts > 1) gpu_text_keys_backward<F>(s->dwide, &row, &p, B);
+    for (int i = 0; i < p.own; i++) {
+        const float *angles = g->rope + piece_start(&p, i) * D;
+        F *dwide = s->dwide + i * rows * row.size;
+        gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
+        gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
+    }
     if (!nsa) return;
     gpu_gates_backward<F>(s->dgates, s->dwide + row.gate, row.size, s->dattention, branches_of(a), a->gates, N, (int)H, c->v_head_dim, c->gate);
     column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);
     if (c->gate != GATE_Q_COND) return;
     // A gate on q reads q before RoPE: turn the kept one back (nothing needs it turned any more).
-    gpu_rope<F>(a->wide + row.q, row.size, NULL, g->rope, N, T, 1, &queries, D, -1);
+    for (int i = 0; i < p.own; i++)
+        gpu_rope<F>(a->wide + i * rows * row.size + row.q, row.size, NULL, g->rope + piece_start(&p, i) * D, rows, p.length, 1, &queries, D, -1);
     const GateWeightGradient<F> value = {s->dgates, a->wide, row.size, H, D};
     column_sums(grad_of(g, w->gate_weight), N, (int64_t)BRANCHES * H * D, value, s->parts);
     gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(s->dwide, row.size, s->dgates, small(g, w->gate_weight), N, H, D);
@@ -5357,7 +5479,7 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
         gpu_branches_sum(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
         attention = s->attention;
     }
-    const F *dy = dropout_backward(s->y, s->dx, N * C, dropout_at(c, T, 2 * layer + 1, info));
+    const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 1, info));
     gpu_linear_backward(s->dattention, HDv, grad_of(g, w->o), dy, C, attention, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
     gpu_attention_core_backward<F>(g, layer, B, T);
     gpu_norm_again<F>(s->norm, a->rstd1, a->x, small(g, w->norm1), N, C);
@@ -5404,7 +5526,7 @@ static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const Ste
     if (g->recompute < 1) return;
     gpu_ffn_inputs_forward<F>(g, layer, B * T, info);
     if (!layer_is_moe(c, layer)) return;
-    const MoeShape moe = moe_shape(c, B * T, info);
+    const MoeShape moe = moe_shape(c, B * T, g->parts, info);
     gpu_moe_gate_up<F>(a->expert_gate_up, norm, matrix<F>(g, w->experts), &a->routing, &moe, &net<F>.work.moe);
 }
 
@@ -5431,7 +5553,7 @@ static double gpu_forward_backward(Model *m, const int *tokens, const int *targe
         gpu_attention_layer_backward<F>(g, l, B, T, info);
         bucket_done(g, 1 + l, info);
     }
-    dropout_backward(s->dx, s->dx, N * g->config.hidden_size, dropout_at(&g->config, T, 0, info));      // in place
+    dropout_backward(s->dx, s->dx, N, dropout_at(g, B, T, 0, info));      // in place
     gpu_embed_backward<F>(g, tokens, N);
     bucket_done(g, 0, info);
     return mean_loss(s->loss, N);

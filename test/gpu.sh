@@ -71,5 +71,16 @@ same bits.2 bits.parts 00000006
 TRAIN=$CPU
 good -y -o bits.parts -x 7 --stochastic-rounding 0
 TRAIN=$GPU
+# --- GPUs that share each sequence: the losses of one in f32, and nearly so in bf16 by each tier's kernels
+apart=1e-4
+pieces='-t 180 -b 1 -d 180 --cmp-block 8 --cmp-stride 4'
+good $small $flat -x 3 -o pieces.1 $pieces --dropout 0.2 --full-layers 1 --experts 3
+together 2 file:address $small $flat -x 3 -o pieces.2 $pieces --dropout 0.2 --full-layers 1 --experts 3 --context-parallel 2 -r 2 -z 1
+for key in loss val_loss grad_norm; do near pieces.1/log.jsonl pieces.2/log.jsonl $key; done
+apart=1e-2
+low="$pieces --dtype bf16 --head-dim 64 --heads 8 --kv-heads 2 --sel-block 64 --sel-blocks 3 -x 2 -v 0"
+good $small $flat -o low.1 $low
+together 2 file:address $small $flat -o low.2 $low --context-parallel 2 -z 1
+near low.1/log.jsonl low.2/log.jsonl loss
 [ "$gpus" -gt 2 ] || apart 3 file:address 2 "would share one GPU" $small -d 384 -x 1 -o shared
 result

@@ -70,6 +70,56 @@ halfway mixed
 cp mixed/latest/state-00001-of-00002.safetensors mixed/latest/state-00002-of-00002.safetensors
 bad 1 'are missing' -y -o mixed
 
+# --- --context-parallel: ranks that share each sequence do what one does; pieces of 30 or 15 tokens end inside blocks
+pieces='-t 120 -b 1 -d 240 -x 8 -m 2 --preset paper --cmp-block 8 --cmp-stride 4 --sel-block 8 --sel-blocks 5 --window 24'
+apart=1e-5
+shared() { # NAME "RANKS P" OPTIONS...
+    of=$1 n=${2% *} P=${2#* }; shift 2
+    [ -d "$of.1" ] || good $small $pieces -o "$of.1" "$@"
+    together "$n" $how $small $pieces --context-parallel "$P" -o "$of.$n.$P" "$@"
+    for key in loss val_loss grad_norm; do near "$of.1/log.jsonl" "$of.$n.$P/log.jsonl" $key; done
+}
+for ranks in '2 2' '4 2' '4 4'; do shared mlp "$ranks" --dropout 0.2 -r 2 -z 1 --heads 4 --kv-heads 2; done
+shared grouped_mlp '2 2' --compress grouped_mlp --gate q_cond -b 2
+shared conv1d '2 2' --compress conv1d --full-layers 0 -r 1
+shared avgpool '4 4' --compress avgpool --gate static
+shared full '2 2' --attention full -b 2
+shared routed '2 2' --experts 4 --experts-per-token 2 --balance-loss 0.1 -b 2
+near routed.1/log.jsonl routed.2.2/log.jsonl moe_balance
+near routed.1/log.jsonl routed.2.2/log.jsonl moe_z
+for n in 1 2.2; do grep -o '"gates":.*' routed.$n/log.jsonl | sed 's/\.\([0-9]\{5\}\)[0-9]*/.\1/g' | tail -n 1 > gates.$n.txt; done
+check 'the gates and the loads are those of all parts' cmp gates.1.txt gates.2.2.txt
+# a run goes on with other ranks and other parts, and writes the same samples
+for n in 1 2; do
+    if [ $n -eq 1 ]; then good $small $pieces -n 4 --keep 0 -s 4 -g 8 -o half.1
+    else together 2 $how $small $pieces -n 4 --keep 0 -s 4 -g 8 -o half.2 --context-parallel 2; fi
+    sed -n '/^--- sample/,/^---$/p' "$([ $n -eq 1 ] && echo out.txt || echo run.out)" > sample.$n.txt
+    rm -r half.$n/step_00000008 half.$n/latest half.$n/best
+    ln -s step_00000004 half.$n/latest
+done
+check 'the samples are the same' cmp sample.1.txt sample.2.txt
+good -y -o half.2
+together 4 $how -y -o half.1 --context-parallel 4 -z 1
+for key in loss val_loss; do near half.1/log.jsonl half.2/log.jsonl $key; done
+for P in 1 2; do
+    together 2 $how -i text.txt -m 3 -t 64 -b 2 -x 0 -e half.1 --context-parallel $P
+    mkdir -p loss.$P
+    sed -n 's/^val_loss /"val_loss":/p' run.out > loss.$P/log.jsonl
+done
+near loss.1/log.jsonl loss.2/log.jsonl val_loss
+good $small --plan --ranks 4 --context-parallel 2
+grep -A 5 '^  weights' out.txt > planned.txt
+together 4 $how $small -x 1 --context-parallel 2 -o planned.parts
+grep -A 5 '^  weights' run.out > taken.txt
+check 'the plan of parts is what is taken' cmp planned.txt taken.txt
+rm -rf half.* planned.parts
+apart 2 $how 2 '--context-parallel 3 must divide the number of ranks, 2' $small --context-parallel 3
+apart 2 $how 2 'must be a multiple of 2 times --context-parallel 2 (each rank has two pieces of a sequence): use -t 32' $small -t 30 --context-parallel 2
+apart 2 $how 2 '--capacity-factor chooses among all tokens of a micro-batch' $small --context-parallel 2 --experts 4 --capacity-factor 1
+apart 2 $how 2 '-g (--sample-len) 300 is too long for --context-parallel 2: one rank alone writes samples, of at most 8 tokens: use -g 8, or -s 0' $small -s 10 --context-parallel 2
+bad 2 'use another --ranks' $small --plan --ranks 3 --context-parallel 2
+apart=1e-4
+
 # --- --plan counts what the ranks then take, and no data is read for it
 good $small --plan --ranks 4 -z 1
 grep -A 5 '^  weights' out.txt > planned.txt

@@ -244,7 +244,7 @@ static Attention attention_case(int64_t B, int64_t T, int G, int KV, int D, int 
     if (kind == MASK_WINDOW) x.mask.window = a;
     if (kind == MASK_COMPRESSED) x.mask.block = a, x.mask.stride = b;
     const int64_t Tk = kind == MASK_COMPRESSED ? (T < a ? 0 : (T - a) / b + 1) : T;
-    const AttentionShape s = {B, T, Tk, H, KV, D, Dv, H * D + 3, KV * D + 5, KV * Dv + 1};
+    const AttentionShape s = {B, T, Tk, H, KV, D, Dv, H * D + 3, KV * D + 5, KV * Dv + 1, 0};
     x.s = s;
     if (kind == MASK_SELECTED) {
         x.mask.sel_block = a, x.mask.n = b;
@@ -663,7 +663,7 @@ static void naive_moe(const Moe *l, const char *what) {
 static void slope_moe(const char *what, int64_t N, int E, int k, double capacity, int ties) {
     Moe l;
     memset(&l, 0, sizeof l);
-    const MoeShape s = {N, 6, 5, E, k, capacity};
+    const MoeShape s = {N, 6, 5, E, k, capacity, 1};
     const int64_t NE = N * E, nw = E * 3 * s.F * s.C, nx = N * s.C;
     l.s = s, l.z = 0.7, l.balance = 0.9;
     l.logits = randoms(NE), l.x = randoms(nx), l.experts = randoms(nw), l.out = zeros(nx), l.weighting = randoms(nx);

@@ -8,6 +8,7 @@
 #include "../train_nsa.cu"
 #include "test/check.h"
 #include "test/fixtures.h"
+#include <vector>
 
 static const char *only;        // an argument: cases whose name has it
 
@@ -404,11 +405,120 @@ static void test_training(const char *name, Config config) {
     pair_free(&p);
 }
 
+// ----------------------------------------------------------------------------
+// A text in pieces (--context-parallel): each is a call of attention whose queries begin at a position t0. Results, log-sum-exps, choices and dq are those
+// of the whole text's call, dk and dv their sums. Every tier, whole and piece alike, so that sums in another order are all that differs.
+
+template <typename F>
+static F *random_numbers(int64_t n) {
+    F *x = (F *)xmalloc((size_t)n * sizeof(F)), *on_device = (F *)device_malloc(n * (int64_t)sizeof(F));
+    for (int64_t i = 0; i < n; i++) x[i] = (F)(float)normal_at(3, (uint64_t)n, (uint64_t)i);
+    to_device(on_device, x, n * (int64_t)sizeof(F));
+    free(x);
+    return on_device;
+}
+
+// Attention forward and backward of the queries [t0, t0 + T) of a text of Tk keys, their rows at the same places as in the whole text's arrays.
+template <typename F>
+struct PiecesWork {
+    F *q, *k, *v, *dout, *out, *dk, *dv;
+    float *lse, *gate, *dq, *delta, *partial, *select;
+    int *block_idx;
+    Takers takers;
+
+    void call(Mask mask, AttentionShape s, const SelectShape *sel, int64_t t0, int64_t T) {
+        const int64_t rows = t0 * s.H;
+        s.t0 = t0;
+        s.T = T;
+        if (mask.kind == MASK_SELECTED) mask.block_idx = block_idx + t0 * s.KV * mask.n;
+        gpu_attention_forward<F>(out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s);
+        if (mask.kind == MASK_COMPRESSED) gpu_select_forward<F>(block_idx + t0 * s.KV * sel->n, q + t0 * s.q_row, k, lse + rows, &s, sel, &mask, select);
+        gpu_attention_backward<F>(dq + rows * s.D, 0, dk, dv, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s, delta,
+                                  &takers, partial);
+    }
+};
+
+template <typename F>
+static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_block, int n) {
+    const int64_t T = 232, PIECE = 116, l = 8, d = 4, nc = compressed_seen(T - 1, (int)l, (int)d);
+    const SelectShape sel = {(int)l, (int)d, sel_block, n, 1, 1};
+    const double limit = sizeof(F) == 4 ? 1e-5 : 2e-2;
+    char *name = format("pieces, %s, heads %d/%d, blocks of %d", tier, D, Dv, sel_block);
+    double worst = 0;
+    if (only && !strstr(name, only)) return free(name);
+    PiecesWork<F> w;
+    w.q = random_numbers<F>(T * H * D), w.k = random_numbers<F>(T * KV * D), w.v = random_numbers<F>(T * KV * Dv), w.dout = random_numbers<F>(T * H * Dv);
+    w.out = random_numbers<F>(T * H * Dv), w.dk = random_numbers<F>(T * KV * D), w.dv = random_numbers<F>(T * KV * Dv);
+    w.lse = random_numbers<float>(T * H), w.dq = random_numbers<float>(T * H * D), w.delta = random_numbers<float>(T * H), w.gate = random_numbers<float>(T * H * BRANCHES);
+    std::vector<float> gates((size_t)(T * H * BRANCHES));
+    for (size_t i = 0; i < gates.size(); i++) gates[i] = 0.5f + 0.4f * (float)sin((double)i);
+    to_device(w.gate, gates.data(), (int64_t)(gates.size() * sizeof(float)));
+    w.takers.blocks = (T - 1) / sel_block + 1;
+    w.takers.count = (int64_t *)device_malloc(KV * w.takers.blocks * 8);
+    w.takers.start = (int64_t *)device_malloc(KV * (w.takers.blocks + 1) * 8);
+    w.takers.queries = (int *)device_malloc(T * KV * n * 4);
+    w.block_idx = (int *)device_malloc(T * KV * n * 4);
+    for (int kind = 0; kind < 3; kind++) {      // window, compressed, and with its choices selected
+        Mask mask;
+        memset(&mask, 0, sizeof mask);
+        AttentionShape s = {1, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv, 0}, late = s;
+        mask.kind = kind == 0 ? MASK_WINDOW : kind == 1 ? MASK_COMPRESSED : MASK_SELECTED;
+        mask.window = 70;
+        mask.block = (int)l, mask.stride = (int)d;
+        mask.sel_block = sel_block, mask.n = n;
+        if (kind == 1) s.Tk = nc;
+        int64_t partial = 1;
+        for (late.Tk = s.Tk, late.t0 = 0, late.T = T; late.t0 < T; late.t0 += PIECE, late.T = PIECE)
+            if (sizeof(F) == 2 && fast_attention(&late, &mask)) partial = max64(partial, gpu_attention_partial(&late, &mask));
+        w.partial = (float *)device_malloc(partial * 4);
+        w.select = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4);
+        const int64_t keys = s.Tk * KV, sizes[] = {T * H * Dv, T * H, T * H * D, keys * D, keys * Dv};
+        std::vector<float> got[2][5];
+        std::vector<int> choices_of[2];
+        for (int pieces = 0; pieces < 2; pieces++) {
+            for (int i = 0; i < 5; i++) got[pieces][i].assign((size_t)sizes[i], 0);
+            for (int64_t t0 = 0; t0 < T; t0 += pieces ? PIECE : T) {
+                w.call(mask, s, &sel, t0, pieces ? PIECE : T);
+                for (int i = 3; i < 5; i++) {
+                    std::vector<float> part((size_t)sizes[i]);
+                    fetch_rows(part.data(), i == 3 ? w.dk : w.dv, 1, sizes[i], sizes[i]);
+                    for (size_t x = 0; x < part.size(); x++) got[pieces][i][x] += part[x];
+                }
+            }
+            fetch_rows(got[pieces][0].data(), w.out, 1, sizes[0], sizes[0]);
+            to_host(got[pieces][1].data(), w.lse, sizes[1] * 4);
+            to_host(got[pieces][2].data(), w.dq, sizes[2] * 4);
+            for (float &x : got[pieces][1]) x = x == -INFINITY ? -1e3f : x;
+            choices_of[pieces].resize((size_t)(T * KV * n));
+            to_host(choices_of[pieces].data(), w.block_idx, T * KV * n * 4);
+        }
+        const char *const what[] = {"out", "lse", "dq", "dk", "dv"}, *const kinds[] = {"window", "compressed", "selected"};
+        for (int i = 0; i < 5; i++) {
+            const double e = error_of(got[1][i].data(), got[0][i].data(), sizes[i], 0);
+            check(e < limit, "%s, %s: %s: error %.2e", name, kinds[kind], what[i], e);
+            worst = e > worst ? e : worst;
+        }
+        check(choices_of[0] == choices_of[1], "%s: other blocks are chosen", name);
+        CUDA(cudaFree(w.partial));
+        CUDA(cudaFree(w.select));
+    }
+    printf("%-46s worst error %.1e\n", name, worst);
+    void *all[] = {w.q, w.k, w.v, w.dout, w.out, w.dk, w.dv, w.lse, w.gate, w.dq, w.delta, w.block_idx, w.takers.count, w.takers.start, w.takers.queries};
+    for (void *p : all) CUDA(cudaFree(p));
+    free(name);
+}
+
 int main(int argc, char **argv) {
     Config c = tiny();
     only = argc > 1 ? argv[1] : NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
     device_open();
+    test_pieces<float>("f32", 16, 12, 4, 2, 16, 5);
+    test_pieces<float>("f32", 16, 16, 4, 1, 16, 40);       // places for more than a warp has lanes
+    test_pieces<bf16>("simple bf16", 32, 32, 4, 2, 16, 5);
+    test_pieces<bf16>("mma.sync", 192, 128, 4, 2, 64, 3);
+    test_pieces<bf16>("Hopper", 64, 64, 4, 1, 64, 3);
+    test_pieces<bf16>("Hopper", 128, 128, 5, 1, 48, 3);
     test_cases(0);
     test_cases(1);
     for_each_fixture(test_fixture);

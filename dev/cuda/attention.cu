@@ -164,7 +164,7 @@ static void check_case(const Case *x) {
     const int H = x->G * x->KV;
     const int dense = x->kind == MASK_COMPRESSED;
     const int64_t wide = H * x->D + x->KV * (x->D + x->Dv) + 24;        // q, k and v beside each other, and something else
-    AttentionShape s = {x->B, x->T, x->Tk, H, x->KV, x->D, x->Dv, wide, dense ? x->KV * x->D : wide, dense ? x->KV * x->Dv : wide};
+    AttentionShape s = {x->B, x->T, x->Tk, H, x->KV, x->D, x->Dv, wide, dense ? x->KV * x->D : wide, dense ? x->KV * x->Dv : wide, 0};
     Mask mask = {x->kind, x->window, x->block, x->stride, x->sel_block, x->n, NULL};
     const int64_t nq = s.B * s.T * s.q_row, nk = s.B * s.Tk * s.k_row, nv = s.B * s.Tk * s.v_row, no = s.B * s.T * H * s.Dv, rows = s.B * s.T * H, nd = rows * s.D;
     char name[256];
@@ -309,7 +309,7 @@ static int check_cases(int first, int last) {
     };
     for (int i = first; i <= last && i < (int)(sizeof cases / sizeof *cases); i++) check_case(&cases[i]);
 
-    AttentionShape s = {1, 64, 64, 4, 1, 64, 64, 256, 64, 64};
+    AttentionShape s = {1, 64, 64, 4, 1, 64, 64, 256, 64, 64, 0};
     const Mask mask = {MASK_WINDOW, 64, 0, 0, 0, 0, NULL};
     s.q_row = 260;
     check(!fast_attention(&s, &mask), "a row size that 16 bytes do not divide is taken");
@@ -412,7 +412,7 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
 static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     const int Dv = D == 192 ? 128 : D;
     const SelectShape sel = {32, 16, 64, 16, 1, 2};
-    AttentionShape s = {B, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv}, cmp = s;
+    AttentionShape s = {B, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv, 0}, cmp = s;
     cmp.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     int *block_idx = (int *)device_malloc(B * T * KV * sel.n * 4);
     const Mask full = {MASK_WINDOW, T, 0, 0, 0, 0, NULL}, window = {MASK_WINDOW, 512, 0, 0, 0, 0, NULL};

@@ -507,7 +507,7 @@ int main(int argc, char **argv) {
     if (argc == 1 || !strcmp(argv[1], "check")) return check_cases(argc > 2 ? argv[2] : "");
     if (strcmp(argv[1], "bench") || (argc != 2 && argc != 7)) die(2, "%s [check [part of a case's name] | bench [N C F E k]]", argv[0]);
     if (argc == 7) {
-        const MoeShape s = {atoll(argv[2]), atoll(argv[3]), atoll(argv[4]), atoi(argv[5]), atoi(argv[6]), 0};
+        const MoeShape s = {atoll(argv[2]), atoll(argv[3]), atoll(argv[4]), atoi(argv[5]), atoi(argv[6]), 0, 1};
         return bench(&s);
     }
     const MoeShape shapes[] = {{16384, 768, 512, 16, 4, 0}, {16384, 2048, 1408, 64, 6, 0}, {32768, 1024, 256, 128, 8, 0}};

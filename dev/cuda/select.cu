@@ -169,7 +169,7 @@ enum { RUNS = 9 };
 static int bench(int64_t T, int H, int KV, int D) {
     const SelectShape sel = paper;
     const Mask mask = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL};
-    AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D};
+    AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D, 0};
     s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     if (!fast_attention(&s, &mask)) die(2, "bench: the fast tier takes D = 64 and 128");
     const int hopper = hopper_select(&s, &sel, &mask);

@@ -4,7 +4,7 @@
 #pragma once
 
 enum ncclResult_t { ncclSuccess, ncclSystemError };
-enum ncclDataType_t { ncclFloat = 4, ncclBfloat16 = 2 };     // their bytes
+enum ncclDataType_t { ncclFloat = 4, ncclBfloat16 = 2, ncclChar = 1 };     // their bytes
 enum ncclRedOp_t { ncclSum };
 typedef int ncclComm_t;
 typedef struct { char internal[128]; } ncclUniqueId;
@@ -16,8 +16,33 @@ static inline ncclResult_t ncclCommInitRank(ncclComm_t *c, int ranks, ncclUnique
     return *c ? ncclSuccess : ncclSystemError;
 }
 static inline ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t *e) { *e = ncclSuccess; return ncclSuccess; }
-static inline ncclResult_t ncclGroupStart() { return ncclSuccess; }
-static inline ncclResult_t ncclGroupEnd() { return ncclSuccess; }
+
+// What is sent and received in a group, each pair of ranks in the order of its calls.
+struct EmuMessages { std::vector<Parcel> out, in; };
+static std::vector<EmuMessages> emu_messages;
+static inline ncclResult_t ncclGroupStart() { emu_messages.assign((size_t)comm.ranks, EmuMessages()); return ncclSuccess; }
+static inline ncclResult_t ncclSend(const void *x, size_t n, ncclDataType_t type, int peer, ncclComm_t, cudaStream_t) {
+    emu_messages[(size_t)peer].out.push_back(Parcel{(const char *)x, NULL, (int64_t)(n * type), 0});
+    return ncclSuccess;
+}
+static inline ncclResult_t ncclRecv(void *x, size_t n, ncclDataType_t type, int peer, ncclComm_t, cudaStream_t) {
+    emu_messages[(size_t)peer].in.push_back(Parcel{NULL, (char *)x, 0, (int64_t)(n * type)});
+    return ncclSuccess;
+}
+static inline ncclResult_t ncclGroupEnd() {
+    size_t rounds = 0;
+    for (const EmuMessages &m : emu_messages) rounds = std::max(rounds, std::max(m.out.size(), m.in.size()));
+    for (size_t i = 0; i < rounds; i++) {
+        std::vector<Parcel> parcels((size_t)comm.ranks);
+        for (size_t r = 0; r < parcels.size(); r++) {
+            const EmuMessages &m = emu_messages[r];
+            if (i < m.out.size()) parcels[r].out = m.out[i].out, parcels[r].out_bytes = m.out[i].out_bytes;
+            if (i < m.in.size()) parcels[r].in = m.in[i].in, parcels[r].in_bytes = m.in[i].in_bytes;
+        }
+        comm_exchange(parcels.data());
+    }
+    return ncclSuccess;
+}
 
 // (ranks,n): what each rank has
 static inline std::vector<float> emu_all(const void *mine, size_t n) {
