@@ -441,7 +441,7 @@ __device__ static inline void cp_async_16(void *to, const void *from, int filled
 __device__ static inline void cp_async_4(void *to, const void *from, int filled) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
 }
-__device__ static inline void cp_async_8(void *to, const void *from) {
+HOPPER_DEVICE static inline void cp_async_8(void *to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ static inline void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -2752,7 +2752,7 @@ struct Ring {
 };
 
 // The `round`-th item of this block where items become smaller: blocks take them to and fro, so that all have as much to do.
-__device__ static inline int64_t item_to_and_fro(int round) {
+HOPPER_DEVICE static inline int64_t item_to_and_fro(int round) {
     const int blocks = gridDim.x;
     return (int64_t)round * blocks + (round % 2 ? blocks - 1 - (int)blockIdx.x : (int)blockIdx.x);
 }
