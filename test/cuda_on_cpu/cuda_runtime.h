@@ -58,7 +58,8 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 
 static thread_local dim3 blockDim, gridDim;
 
-struct CUtensorMap;
+// The tensor map of cuda.h, four dimensions, rows of 128 swizzled bytes.
+struct alignas(64) CUtensorMap { const char *base; uint64_t size[4], stride[4]; unsigned box[4]; };
 namespace emu {
 
 enum { WARP = 32, WARPGROUP = 128, MAX_THREADS = 1024, STACK = 256 << 10, NAMED = 16, SHARED_ALIGN = 1024 };
@@ -77,8 +78,8 @@ struct CopyAsync { void *to; const void *from; int bytes, filled; };
 // A matrix product of a warpgroup, as one of its threads will do its share: rows lane / 4 and 8 more of its warp's 16.
 struct WarpgroupProduct { float (*d)[4]; int n; bool in_registers, add, turned; float a[2][16]; uint64_t a_matrix, b_matrix; };
 
-// A copy of the copy engine on its way: the box of a tensor map, in rows of 128 bytes.
-struct BoxCopy { uint64_t *barrier; char *to; const struct ::CUtensorMap *map; int at[4]; };
+// A copy of the copy engine on its way: the box of a tensor map, in rows of 128 bytes. The thread that asked for it, whose parameter the map is, may be done.
+struct BoxCopy { uint64_t *barrier; char *to; ::CUtensorMap map; int at[4]; };
 
 struct Thread {
     uint3 idx;
@@ -559,8 +560,6 @@ static inline void emu_barrier_arrive_copied(uint64_t *barrier) {     // the cop
     emu_barrier_arrive(barrier, 0);
 }
 
-// The tensor map of cuda.h, four dimensions, rows of 128 swizzled bytes.
-struct alignas(64) CUtensorMap { const char *base; uint64_t size[4], stride[4]; unsigned box[4]; };
 static inline char *emu_swizzled(char *base, size_t place) {       // chunk of 16 bytes ^ row of 128
     const size_t at = (size_t)(base - emu::worker->shared) + place;
     return emu::worker->shared + (at ^ (at >> 7 & 7) << 4);
@@ -571,10 +570,10 @@ static inline void emu_copy_box(void *to, const CUtensorMap *map, int column, in
     emu_barrier(barrier);
     if (offset % 128 || offset + emu_box_bytes(map) > emu::worker->shared_bytes) emu::stop("a box is copied to where it cannot lie");
     memset(to, 0xff, emu_box_bytes(map));
-    emu::worker->boxes.push_back({barrier, (char *)to, map, {column, head, token, batch}});
+    emu::worker->boxes.push_back({barrier, (char *)to, *map, {column, head, token, batch}});
 }
 static inline void emu_deliver(const emu::BoxCopy &c) {
-    const CUtensorMap *m = c.map;
+    const CUtensorMap *m = &c.map;
     size_t place = 0;
     for (unsigned b = 0; b < m->box[3]; b++)
         for (unsigned t = 0; t < m->box[2]; t++)
