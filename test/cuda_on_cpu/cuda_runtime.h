@@ -807,7 +807,7 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttr
 struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { dim3 clusterDim; int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
 struct cudaFuncAttributes { int ptxVersion; };
-enum { EMU_CLUSTER_BLOCKS = 16 };       // blocks in clusters that the GPU takes at once
+enum { EMU_CLUSTER_BLOCKS = 4 };        // blocks in clusters that the GPU takes at once: as many as it has multiprocessors
 static inline unsigned emu_cluster_of(const cudaLaunchConfig_t *c) {
     for (unsigned i = 0; i < c->numAttrs; i++)
         if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) return c->attrs[i].val.clusterDim.y;
