@@ -1019,7 +1019,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) score[j] = comparable(importance_of(weights, (int)j, visible, sel));
     __syncthreads();
 
-    const int places = sel->n - sel->n_init - sel->n_local;
+    const int places = free_places(sel);
     unsigned least = 0;                 // the places-th highest importance: the highest that so many reach
     int calls = 0;
     for (int bit = 30; bit >= 0; bit--) {
@@ -1296,7 +1296,7 @@ __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_
 __device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *weights, int visible, int blocks, const SelectShape *sel) {
     __shared__ uint64_t best[CHOICE_GROUPS], least;
     __shared__ int count;
-    const int last = blocks - sel->n_local, places = sel->n - sel->n_init - sel->n_local, each = choice_blocks(sel);
+    const int last = blocks - sel->n_local, places = free_places(sel), each = choice_blocks(sel);
     const int group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS, first = sel->n_init + group + member * CHOICE_GROUPS;
     float *importance = (float *)(list + choice_listed(sel->n, blocks)), *near = importance + blocks;
     if (blocks <= sel->n) {             // no choice to make
