@@ -2749,6 +2749,9 @@ struct Ring {
     __device__ void next() {
         if (++at == N) at = 0, parity ^= 1;
     }
+    __device__ void skip(int n) {
+        for (; n > 0; n--) next();
+    }
 };
 
 // The `round`-th item of this block where items become smaller: blocks take them to and fro, so that all have as much to do.
@@ -3510,55 +3513,46 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
 
     if (group == 0) {
         registers_fewer<copy_registers<SLABS>>();
-        if (threadIdx.x >= WARP || steps == 0) return;
-        if (lane() == 0) {
+        if (steps == 0) return;
+        if (threadIdx.x == 0) {
             barrier_expect(keys_full, KEYS * (D + DV) * 2);
             copy_tile<D>(key_tile, KEYS, &k_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
             copy_tile<DV>(value_tile, KEYS, &v_map, (int)x.b, (int)x.k0, (int)x.kv, keys_full);
         }
-        // Where queries are listed, lanes hold 2·WARP places of the queue from `base` on: none waits for the list. Behind the end of the queue the
-        // last token comes again, with numbers that make nothing of it.
-        constexpr int EACH = ROWS / WARP;
-        const auto token_at = [&](int place) { return LISTED ? takers.queries[from + min32(place, queue - 1)] : (int)from + place; };
-        int base = 0, held = LISTED ? token_at(lane()) : 0, held_next = LISTED ? token_at(WARP + lane()) : 0;
-        for (int stage = 0; stage < steps; stage++, ring.next()) {
+        // Stages go round the four warps: one alone, that has a copy to ask for per query, would be slower than the products. Tokens are known a stage ahead.
+        // Behind the end of the queue the last one comes again, with numbers that make nothing of it.
+        constexpr int WARPS = WARPGROUP / WARP, EACH = ROWS / WARP;
+        int place[EACH], head[EACH], token[EACH];       // of this lane's rows: the place in the stage, the head
+        const auto token_at = [&](int at) { return LISTED ? takers.queries[from + min32(at, queue - 1)] : (int)from + at; };
+        const int warp = threadIdx.x / WARP;
+        const RowStats *of_head = stats + x.b * s.T * s.H + x.kv * G;
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            place[i] = (i * WARP + lane()) / G;
+            head[i] = (i * WARP + lane()) % G;
+            token[i] = token_at(warp * tokens + place[i]);
+        }
+        ring.skip(warp);
+        for (int stage = warp; stage < steps; stage += WARPS, ring.skip(WARPS)) {
             bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
             StageStats *to = stage_stats + ring.at;
-            const int place0 = stage * tokens;
-            if (LISTED && place0 >= base + WARP) {
-                base += WARP;
-                held = held_next;
-                held_next = token_at(base + WARP + lane());
-            }
-            int token[EACH];
-            #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int place = place0 + (i * WARP + lane()) / G;
-                token[i] = LISTED ? __shfl_sync(~0u, held, (place - base) % WARP) : token_at(place);
-                const int further = LISTED ? __shfl_sync(~0u, held_next, (place - base) % WARP) : 0;
-                if (LISTED && place >= base + WARP) token[i] = further;
-            }
             barrier_wait(empty + ring.at, ring.parity ^ 1);
             if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
             __syncwarp();
-            if constexpr (LISTED) {     // a lane brings a query
-                #pragma unroll
-                for (int i = 0; i < EACH; i++) {
-                    const int row = i * WARP + lane();
-                    if (row % G || row >= tokens * G) continue;
-                    copy_tile<D>(q_tile + row * PANEL, ROWS, &q_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
-                    copy_tile<DV>(dout_tile + row * PANEL, ROWS, &dout_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
-                }
-            } else if (lane() == 0) {
-                copy_tile<D>(q_tile, ROWS, &q_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
-                copy_tile<DV>(dout_tile, ROWS, &dout_map, (int)x.b, token[0], (int)x.kv * G, full + ring.at);
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int row = i * WARP + lane();
+                if (row >= tokens * G || (LISTED ? head[i] : row)) continue;       // a lane brings a query, the first one all of a range
+                copy_tile<D>(q_tile + row * PANEL, ROWS, &q_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
+                copy_tile<DV>(dout_tile + row * PANEL, ROWS, &dout_map, (int)x.b, token[i], (int)x.kv * G, full + ring.at);
             }
             #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 const int row = i * WARP + lane();
                 to->position[row] = (int)s.t0 + token[i];
-                if (row < tokens * G && place0 + row / G < queue) cp_async_8(to->of_row + row, stats + (x.b * s.T + token[i]) * s.H + x.kv * G + row % G);
+                if (row < tokens * G && stage * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
                 else to->of_row[row] = make_float2(INFINITY, 0);
+                token[i] = token_at((stage + WARPS) * tokens + place[i]);
             }
             barrier_arrive(full + ring.at);
             barrier_arrive_copied(full + ring.at);
@@ -3587,17 +3581,19 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_done<ROWS>(p);
         // Queries ascend, keys too: the corners say whether everything between them is seen.
         const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
-        #pragma unroll
-        for (int n = 0; n < ROWS / 8; n++) {
-            const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
+        const auto powers = [&](auto hides) {       // once with, once without: no branches in the loop
             #pragma unroll
-            for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - (e % 2 ? two.z : two.x));
-            if (masked) {
+            for (int n = 0; n < ROWS / 8; n++) {
+                const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
                 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (!sees_key(&mask, of->position[n * 8 + lane() % 4 * 2 + e % 2], first_key + e / 2 * 8)) p[n][e] = 0;
+                for (int e = 0; e < 4; e++) {
+                    p[n][e] = power_of_2(p[n][e] * scale2 - (e % 2 ? two.z : two.x));
+                    if (decltype(hides)::value && !sees_key(&mask, of->position[n * 8 + lane() % 4 * 2 + e % 2], first_key + e / 2 * 8)) p[n][e] = 0;
+                }
             }
-        }
+        };
+        if (masked) powers(std::true_type());
+        else powers(std::false_type());
         wgmma_wait<0>();
         wgmma_done<ROWS>(ds);
         #pragma unroll
