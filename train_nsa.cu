@@ -2716,24 +2716,26 @@ __device__ static inline void copy_tile(bf16 *tile, int rows, const CUtensorMap 
 }
 HOPPER_DEVICE static inline bf16 *panel_chunk(bf16 *tile, int rows, int row, int chunk) { return chunk_of<PANEL>(tile + chunk / 8 * rows * PANEL, row, chunk % 8); }
 
-// A factor of wgmma: from this place of a tile on. Groups of 8 rows follow each other, a panel follows `rows` rows.
-HOPPER_DEVICE static inline uint64_t swizzled_matrix(const bf16 *at, int rows) {
-    return (uint64_t)(shared_address(at) >> 4) | (uint64_t)(rows * PANEL * 2 >> 4) << 16 | (uint64_t)(8 * PANEL * 2 >> 4) << 32 | (uint64_t)1 << 62;
+// A factor of wgmma: from `on` numbers behind this place of a tile on. Groups of 8 rows follow each other, a panel follows `rows` rows. What changes from one
+// product to the next is added to the descriptor, not to the address: one addition instead of the whole again.
+HOPPER_DEVICE static inline uint64_t swizzled_matrix(const bf16 *at, int rows, int on) {
+    const unsigned low = (shared_address(at) >> 4 | (unsigned)(rows * PANEL * 2 >> 4) << 16) + (unsigned)(on * 2 >> 4), high = 8 * PANEL * 2 >> 4 | 1u << 30;
+    return (uint64_t)high << 32 | low;
 }
 // d (64,N) = left (64,W), of a tile of left_rows, · (N rows of another)ᵀ
 template <int W, int N>
 __device__ static inline void slab_times_turned(float (*d)[4], const bf16 *left, int left_rows, const bf16 *tile, int rows) {
     #pragma unroll
     for (int step = 0; step < W / 16; step++) {
-        const int panel = step / 4, inside = step % 4 * 16;
-        wgmma<N>(d, swizzled_matrix(left + panel * left_rows * PANEL + inside, left_rows), swizzled_matrix(tile + panel * rows * PANEL + inside, rows), step > 0);
+        const int panel = step / 4 * PANEL, inside = step % 4 * 16;
+        wgmma<N>(d, swizzled_matrix(left, left_rows, panel * left_rows + inside), swizzled_matrix(tile, rows, panel * rows + inside), step > 0);
     }
 }
 // d (64,W) += left (64,ROWS) · (the tile (ROWS,W))
 template <int W, int ROWS>
 __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*left)[4], const bf16 *tile) {
     #pragma unroll
-    for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile + step * 16 * PANEL, ROWS));
+    for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile, ROWS, step * 16 * PANEL));
 }
 
 // A warp has done with a buffer: all its lanes have, when one of them says so.
@@ -3577,14 +3579,20 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_commit();
         slab_times_turned<DV, ROWS>(ds, value_tile + own_keys * PANEL, KEYS, dout_tile, ROWS);
         wgmma_commit();
+        // While the products are on their way: queries ascend, keys too, so the corners say whether everything between them is seen; and the rows' numbers, where
+        // there are registers for all of them.
+        const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
+        float4 held[D == 64 ? ROWS / 8 : 1];
+        const auto of_two = [&](int n) { return *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2); };
+        const auto two_rows = [&](int n) { return D == 64 ? held[D == 64 ? n : 0] : of_two(n); };
+        #pragma unroll
+        for (int n = 0; n < (D == 64 ? ROWS / 8 : 0); n++) held[n] = of_two(n);
         wgmma_wait<1>();
         wgmma_done<ROWS>(p);
-        // Queries ascend, keys too: the corners say whether everything between them is seen.
-        const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
         const auto powers = [&](auto hides) {       // once with, once without: no branches in the loop
             #pragma unroll
             for (int n = 0; n < ROWS / 8; n++) {
-                const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
+                const float4 two = two_rows(n);
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     p[n][e] = power_of_2(p[n][e] * scale2 - (e % 2 ? two.z : two.x));
@@ -3598,7 +3606,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         wgmma_done<ROWS>(ds);
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++) {
-            const float4 two = *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2);
+            const float4 two = two_rows(n);
             #pragma unroll
             for (int e = 0; e < 4; e++) ds[n][e] = p[n][e] * (ds[n][e] - (e % 2 ? two.w : two.y));
         }
