@@ -3140,17 +3140,20 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
         const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
-        Chosen now;
+        Chosen now, next;       // the tile of keys at hand and the one after it, which is looked up while products are on their way
+        int tile = 0;           // where that at hand lies
 
-        const auto next_block = [&] {
+        const auto next_tile = [&] {
             barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            now = my.chosen_at(k_ring.at);
-            return now.block >= 0;
+            next = my.chosen_at(k_ring.at);
         };
         const auto issue_scores = [&] {
+            now = next;
+            tile = k_ring.at;
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + k_ring.at * KEYS * D, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + tile * KEYS * D, KEYS);
             wgmma_commit();
+            k_ring.next();
         };
         const auto issue_values = [&] {
             barrier_wait(my.v_full + v_ring.at, v_ring.parity);
@@ -3195,21 +3198,21 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
 
         barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
-        next_block();       // every query has one
+        next_tile();        // every query has one
         issue_scores();
+        next_tile();
         wgmma_wait<0>();
         wgmma_done<KEYS>(p);
-        let_go(my.k_empty + k_ring.at);
-        k_ring.next();
+        let_go(my.k_empty + tile);
         exponentials();
         as_weights();
-        while (next_block()) {
+        while (next.block >= 0) {
             issue_scores();
             issue_values();
+            next_tile();
             wgmma_wait<1>();
             wgmma_done<KEYS>(p);
-            let_go(my.k_empty + k_ring.at);
-            k_ring.next();
+            let_go(my.k_empty + tile);
             exponentials();
             wgmma_wait<0>();
             wgmma_done<DV>(o);
@@ -3420,24 +3423,27 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
         barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
         int last = -1;      // the tile of keys before this one
-        for (;;) {
-            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            const Chosen now = my.chosen_at(k_ring.at);
-            if (now.block < 0) break;
-            const bf16 *key_tile = my.key_tiles + k_ring.at * KEYS * D;
+        barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+        Chosen next = my.chosen_at(k_ring.at);
+        while (next.block >= 0) {
+            const Chosen now = next;
+            const int tile = k_ring.at;
+            const bf16 *key_tile = my.key_tiles + tile * KEYS * D;
             barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
             slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
             wgmma_commit();
             slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
             wgmma_commit();
+            k_ring.next();
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);     // the tile after this one is looked up while products are on their way
+            next = my.chosen_at(k_ring.at);
             wgmma_wait<0>();        // and before them the last tile's sum
             wgmma_done<KEYS>(p);
             wgmma_done<KEYS>(dp);
             if (last >= 0) let_go(my.k_empty + last);
             let_go(my.v_empty + v_ring.at);
-            last = k_ring.at;
-            k_ring.next();
+            last = tile;
             v_ring.next();
             #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
@@ -3582,7 +3588,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         // While the products are on their way: queries ascend, keys too, so the corners say whether everything between them is seen; and the rows' numbers, where
         // there are registers for all of them.
         const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
-        float4 held[D == 64 ? ROWS / 8 : 1];
+        float4 held[D == 64 ? ROWS / 8 : 1] = {};
         const auto of_two = [&](int n) { return *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2); };
         const auto two_rows = [&](int n) { return D == 64 ? held[D == 64 ? n : 0] : of_two(n); };
         #pragma unroll
