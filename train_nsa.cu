@@ -374,7 +374,7 @@ template <typename F>
 static void gpu_linear_backward(F *dinp, int64_t dinp_row, float *dweight, const F *dout, int64_t dout_row, const F *inp, int64_t inp_row,
                                 const F *weight, int64_t n, int64_t c, int64_t oc, int accumulate_dinp) {
     if (dinp) gemm(n, c, oc, dout, dout_row, 0, weight, c, 0, dinp, dinp_row, accumulate_dinp);
-    gemm(oc, c, n, dout, dout_row, 1, inp, inp_row, 0, dweight, c, 1);
+    if (dweight) gemm(oc, c, n, dout, dout_row, 1, inp, inp_row, 0, dweight, c, 1);
 }
 
 // ----------------------------------------------------------------------------
@@ -3266,21 +3266,11 @@ static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const
 }
 
 // ----------------------------------------------------------------------------
-// Backward on Hopper. First, for each row (query, head): x = lse·log2(e) - log2(gate), so that 2^(score·log2(e) - x) = gate·P, and y = <dout, out>. With these
+// Backward on Hopper. It is given, for each row (query, head): x = lse·log2(e) - log2(gate), so that 2^(score·log2(e) - x) = gate·P, and y = <dout, out>. With these
 // dV = (gate·P)ᵀ·dout and dS = gate·P∘(dout·Vᵀ - y): no gate any more. A row without keys has x = infinity, which makes all of it 0.
 
 typedef float2 RowStats;
-
-template <int DV>
-__global__ void hopper_stats_kernel(RowStats *stats, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, int64_t rows) {
-    constexpr int LANES = DV / 8;       // to a row, 16 bytes each
-    const int64_t at = global_thread() / LANES, row = min64(at, rows - 1);
-    const Pack<bf16, 8> a = load<8>(dout + row * DV + lane() % LANES * 8), b = load<8>(out + row * DV + lane() % LANES * 8);
-    float y = 0;
-    for (int i = 0; i < 8; i++) y += (float)a.of[i] * (float)b.of[i];
-    for (int step = LANES / 2; step > 0; step /= 2) y += __shfl_xor_sync(~0u, y, step);
-    if (at == row && lane() % LANES == 0) stats[row] = make_float2(lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2E - (gate ? log2f(gate[row * BRANCHES]) : 0), y);
-}
+__device__ static inline RowStats row_stats(float lse, float gate, float y) { return make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E - log2f(gate), y); }
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
@@ -3680,10 +3670,9 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     #endif
 }
 
-// `partial`: the parts as for fast_dkv_kernel (before them the lists of takers are made there), then the stats.
+// `partial`: the parts as for fast_dkv_kernel; before them the lists of takers are made there.
 static int hopper_keys(const Mask *mask) { return mask->kind == MASK_SELECTED ? SLAB_ROWS : HOPPER_KEYS; }
-static int64_t hopper_parts(const AttentionShape *s, const Mask *mask) { return round_up(max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)), 32); }
-static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_parts(s, mask) + s->B * s->T * s->H * 2; }
+static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)); }
 
 template <int D, int DV>
 static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
@@ -3730,12 +3719,8 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 }
 
 template <int D, int DV>
-static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
-                                     const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
-    const int64_t rows = s->B * s->T * s->H;
-    RowStats *stats = (RowStats *)(partial + hopper_parts(s, mask));
-    hopper_stats_kernel<DV><<<grid(rows * (DV / 8), THREADS), THREADS>>>(stats, dout, gate, out, lse, rows);
-    LAUNCHED();
+static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
+                                     const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
     if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
     else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
@@ -3744,12 +3729,12 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
     else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
 }
 
-// As fast_attention_backward.
-static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
-                                      const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+// As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
+static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
+                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
-    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
-    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
 }
 
 // ----------------------------------------------------------------------------
@@ -4116,13 +4101,14 @@ static void hopper_importance(float *importance, const bf16 *q, const bf16 *k, c
 
 static int is_bf16(const Config *c) { return c->torch_dtype == DTYPE_BF16; }
 
-// Whether a model's attention runs on tensor cores.
-static int fast_model(const Config *c) {
+// Whether a model's attention runs on tensor cores, and whether with Hopper's kernels, which take stats. (Its selected branch alone may not.)
+enum { TIER_SIMPLE, TIER_FAST, TIER_HOPPER };
+static int tier_of_model(const Config *c) {
     const Pieces whole = pieces_of(1, 1);
     AttentionShape s = attention_shape(c, 1, &whole, 0, 8, 8);
     Mask mask;
     memset(&mask, 0, sizeof mask);
-    return is_bf16(c) && fast_attention(&s, &mask);
+    return !is_bf16(c) || !fast_attention(&s, &mask) ? TIER_SIMPLE : hopper_attention(&s, &mask) ? TIER_HOPPER : TIER_FAST;
 }
 
 // Numbers of scratch that backward takes in bf16.
@@ -4137,11 +4123,11 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
 }
 
 template <typename F>
-static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse,
+static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial)
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial)
                                              : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
@@ -4183,7 +4169,7 @@ __global__ void gates_forward_kernel(float *gates, const F *logits, int64_t logi
     gates[item] = sigmoid(x);
 }
 
-template <typename F> struct Branches { const F *of[BRANCHES]; };
+template <typename F> struct Branches { const F *of[BRANCHES]; const float *lse[BRANCHES]; };      // (N,H,Dv) and (N,H)
 
 template <typename F, int N>
 __global__ void branches_sum_kernel(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
@@ -4209,37 +4195,62 @@ static void gpu_branches_sum(F *out, Branches<F> branch, const float *gates, int
     LAUNCHED();
 }
 
-// dlogits (N,H,3) = <dout, branch>·g·(1-g); for gate = input it goes to its place in the wide row too. `lanes` neighbours of a warp,
-// a power of two, take a (token, head), N channels at a time.
-template <typename F, int N>
-__global__ void gates_backward_kernel(float *dlogits, F *dwide, int64_t wide_row, const F *dout, Branches<F> branch, const float *gates, int64_t nh,
-                                      int h, int dv, int kind, int lanes) {
-    const int64_t i = min64(global_thread() / lanes, nh - 1);       // no lane leaves: all of them shuffle
-    const int mine = (int)(global_thread() % lanes);
-    float sum[BRANCHES] = {0};
-    for (int c = mine * N; c < dv; c += lanes * N) {
-        const Pack<F, N> d = load<N>(dout + i * dv + c);
-        for (int b = 0; b < BRANCHES; b++) {
-            const Pack<F, N> x = load<N>(branch.of[b] + i * dv + c);
-            for (int v = 0; v < N; v++) sum[b] += (float)d.of[v] * (float)x.of[v];
-        }
+// What backward needs of the outputs of COUNT branches, 1 or all. One pass makes all of it, as reading them is what takes the time: `sum` as
+// branches_sum_kernel made it; dlogits (N,H,3) = <dout, branch>·g·(1-g), and the same in the wide row, dwide; stats (COUNT,N,H). What is not wanted is NULL,
+// and gates are where there are none. Neighbours in x, a power of two of them, take a (token, head), N channels at a time.
+template <typename F, int N, int COUNT>
+__global__ void branches_backward_kernel(F *sum, float *dlogits, F *dwide, int64_t wide_row, RowStats *stats, const F *dout, Branches<F> branch, const float *gates,
+                                         int64_t nh, int h, int dv) {
+    const int64_t item = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, i = min64(item, nh - 1);       // no thread leaves: all of them shuffle
+    float g[COUNT], lse[COUNT], y[COUNT] = {0};
+    #pragma unroll
+    for (int b = 0; b < COUNT; b++) {       // asked for before the sums that they wait for
+        g[b] = gates ? gates[i * BRANCHES + b] : 1;
+        lse[b] = branch.lse[b][i];
     }
-    for (int b = 0; b < BRANCHES; b++) {
-        for (int away = lanes / 2; away > 0; away /= 2) sum[b] += __shfl_xor_sync(~0u, sum[b], away);
-        const float g = gates[i * BRANCHES + b], dx = sum[b] * g * (1 - g);
-        if (mine > 0 || global_thread() / lanes >= nh) continue;
-        dlogits[i * BRANCHES + b] = dx;
-        if (kind == GATE_INPUT) dwide[i / h * wide_row + i % h * BRANCHES + b] = (F)dx;
+    for (int c = threadIdx.x * N; c < dv; c += blockDim.x * N) {
+        const Pack<F, N> d = load<N>(dout + i * dv + c);
+        Pack<F, N> x[COUNT], out;
+        #pragma unroll
+        for (int b = 0; b < COUNT; b++) x[b] = load<N>(branch.of[b] + i * dv + c);
+        for (int v = 0; v < N; v++) {
+            float o = 0;
+            for (int b = 0; b < COUNT; b++) {
+                y[b] += (float)d.of[v] * (float)x[b].of[v];
+                o += g[b] * (float)x[b].of[v];
+            }
+            out.of[v] = (F)o;
+        }
+        if (sum && item < nh) store<N>(sum + i * dv + c, out);
+    }
+    for (int away = blockDim.x / 2; away > 0; away /= 2)
+        #pragma unroll
+        for (int b = 0; b < COUNT; b++) y[b] += __shfl_xor_sync(~0u, y[b], away);
+    if (threadIdx.x > 0 || item >= nh) return;
+    F *to_wide = dwide ? dwide + i / h * wide_row + i % h * BRANCHES : NULL;
+    #pragma unroll
+    for (int b = 0; b < COUNT; b++) {
+        const float dx = y[b] * g[b] * (1 - g[b]);
+        if (dlogits) dlogits[i * BRANCHES + b] = dx;
+        if (to_wide) to_wide[b] = (F)dx;
+        if (stats) stats[b * nh + i] = row_stats(lse[b], g[b], y[b]);
     }
 }
 
-template <typename F>
-static void gpu_gates_backward(float *dlogits, F *dwide, int64_t wide_row, const F *dout, Branches<F> branch, const float *gates, int64_t n, int h, int dv, int kind) {
-    const auto kernel = packs<F>(dv) ? gates_backward_kernel<F, pack_size<F>> : gates_backward_kernel<F, 1>;
+template <typename F, int COUNT>
+static void gpu_branches_backward(F *sum, float *dlogits, F *dwide, int64_t wide_row, RowStats *stats, const F *dout, Branches<F> branch, const float *gates, int64_t n, int h, int dv) {
+    const auto kernel = packs<F>(dv) ? branches_backward_kernel<F, pack_size<F>, COUNT> : branches_backward_kernel<F, 1, COUNT>;
     int lanes = 1;
     while (lanes < WARP && lanes * (packs<F>(dv) ? pack_size<F> : 1) < dv) lanes *= 2;
-    kernel<<<grid(n * h * lanes, THREADS), THREADS>>>(dlogits, dwide, wide_row, dout, branch, gates, n * h, h, dv, kind, lanes);
+    kernel<<<grid(n * h, THREADS / lanes), dim3(lanes, THREADS / lanes)>>>(sum, dlogits, dwide, wide_row, stats, dout, branch, gates, n * h, h, dv);
     LAUNCHED();
+}
+
+// The stats alone, of one branch; gate as for attention's backward.
+template <typename F>
+static void gpu_row_stats(RowStats *stats, const F *dout, const float *gate, const F *out, const float *lse, int64_t rows, int dv) {
+    const Branches<F> branch = {{out}, {lse}};
+    gpu_branches_backward<F, 1>(NULL, NULL, NULL, 0, stats, dout, branch, gate, rows, 1, dv);
 }
 
 template <typename F>
@@ -4627,6 +4638,7 @@ struct GpuScratch {
     F *norm, *y, *attention, *ffn, *compress, *logits, *dx, *dnorm, *dwide, *dattention, *dcompressed[2], *drouter;     // dcompressed: of each own piece
     F *keys, *dkeys;                            // as in Scratch; dkeys of each own piece
     float *select, *parts, *sums, *loss, *dgates, *dq, *delta, *partial, *dprobs, *dweight;
+    RowStats *stats;                            // of the branches (3,B,T,H), for Hopper's kernels; else NULL
     int *kept, *shares;                         // (N·k) twice: experts with a capacity
     int64_t *count;                             // (E)
     MoeScratch<F> moe;
@@ -4749,7 +4761,7 @@ template <typename F>
 static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int64_t T, int train, Carver *m) {
     const int64_t N = B * T, C = c->hidden_size, H = c->num_attention_heads, KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim;
     const int64_t E = c->num_experts, k = c->num_experts_per_tok;
-    const int nsa = has_nsa(c);
+    const int nsa = has_nsa(c), tier = tier_of_model(c);
     const Pieces p = pieces_of(comm.parts, T);
     int64_t wide = 0, width = 0, compress = 0, select = 0, partial = 0, keys = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
@@ -4757,7 +4769,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
         wide = max64(wide, row.size);
         width = max64(width, ffn_width(c, l));
         if (p.parts > 1) keys = max64(keys, B * p.text * keys_width(&row));
-        for (int b = 0; b < row.branches && fast_model(c); b++)
+        for (int b = 0; b < row.branches && tier > TIER_SIMPLE; b++)
             for (int i = 0; i < p.all; i++) {       // of any piece, so that all ranks take as much
                 AttentionShape shape = attention_shape(c, B, &p, i, 0, 0);
                 const Mask mask = branch_mask(c, NULL, &shape, l, b);
@@ -4809,6 +4821,8 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->dcompressed[1], p.own * B * nc * KV * Dv);
     carve(m, &s->delta, N * H);
     carve(m, &s->partial, partial);
+    s->stats = NULL;
+    if (tier == TIER_HOPPER) carve(m, &s->stats, (nsa ? BRANCHES : 1) * N * H);
     carve(m, &s->dprobs, N * E);
     carve(m, &s->drouter, N * E);
     carve(m, &s->dweight, E ? N * k : 0);
@@ -4962,7 +4976,7 @@ void device_free(Model *m) {
 
 void device_describe(const Config *c, Text *out) {
     text_add(out, "%s (sm_%d%d), %s", gpu.name, gpu.major, gpu.minor, is_bf16(c) ? "bf16" : "f32");
-    if (is_bf16(c) && !fast_model(c))
+    if (is_bf16(c) && tier_of_model(c) == TIER_SIMPLE)
         text_add(out, "; attention by the simple kernels: heads of %d/%d, the fast ones take 64, 128 and 192/128", c->head_dim, c->v_head_dim);
 }
 
@@ -5060,7 +5074,7 @@ static float *small(const Model *g, float *w) {
 
 template <typename F>
 static Branches<F> branches_of(const GpuActs<F> *a) {
-    Branches<F> b = {{a->branch[0], a->branch[1], a->branch[2]}};
+    Branches<F> b = {{a->branch[0], a->branch[1], a->branch[2]}, {a->lse[0], a->lse[1], a->lse[2]}};
     return b;
 }
 
@@ -5412,9 +5426,9 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm2), s->dnorm, a->mid, a->rstd2, small(g, w->norm2), N, C, s->parts);
 }
 
-// dwide of all branches, every column of it.
+// dwide of all branches, every column of it, from dattention. Gives forward's result again.
 template <typename F>
-static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t T) {
+static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t T) {
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
     GpuScratch<F> *s = &net<F>.work;
@@ -5429,6 +5443,11 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
     const int64_t size = B * p.text * keys.row;
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
+    if (nsa)
+        gpu_branches_backward<F, BRANCHES>(s->attention, s->dgates, c->gate == GATE_INPUT ? s->dwide + row.gate : NULL, row.size, s->stats, s->dattention, branches_of(a), a->gates,
+                                           N, H, Dv);
+    else if (s->stats)
+        gpu_row_stats<F>(s->stats, s->dattention, NULL, a->branch[0], a->lse[0], N * H, Dv);
     for (int b = 0; b < row.branches; b++) {
         const int compressed = nsa && b == CMP;
         const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
@@ -5439,7 +5458,8 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
             gpu_attention_backward<F>(s->dq + heads * D, b > 0, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
-                                      a->branch[b] + heads * Dv, a->lse[b] + heads, a->wide + first * row.size, k, v, &mask, &shape, s->delta, &s->takers, s->partial);
+                                      a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
+                                      s->delta, &s->takers, s->partial);
         }
         if (!compressed) continue;
         add_pieces(dk, B * nc * KV * D, &p);
@@ -5464,10 +5484,9 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
         gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
         gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
     }
-    if (!nsa) return;
-    gpu_gates_backward<F>(s->dgates, s->dwide + row.gate, row.size, s->dattention, branches_of(a), a->gates, N, (int)H, c->v_head_dim, c->gate);
+    if (!nsa) return a->branch[0];
     column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);
-    if (c->gate != GATE_Q_COND) return;
+    if (c->gate != GATE_Q_COND) return s->attention;
     // A gate on q reads q before RoPE: turn the kept one back (nothing needs it turned any more).
     for (int i = 0; i < p.own; i++)
         gpu_rope<F>(a->wide + i * rows * row.size + row.q, row.size, NULL, g->rope + piece_start(&p, i) * D, rows, p.length, 1, &queries, D, -1);
@@ -5475,6 +5494,7 @@ static void gpu_attention_core_backward(Model *g, int layer, int64_t B, int64_t 
     column_sums(grad_of(g, w->gate_weight), N, (int64_t)BRANCHES * H * D, value, s->parts);
     gates_dq_kernel<<<grid(N * H * D, THREADS), THREADS>>>(s->dwide, row.size, s->dgates, small(g, w->gate_weight), N, H, D);
     LAUNCHED();
+    return s->attention;
 }
 
 template <typename F>
@@ -5484,14 +5504,10 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, wide = wide_row(c, layer).size, row = gpu_wide_row(c, layer).size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
-    const F *attention = a->branch[0];
-    if (!layer_is_full(c, layer)) {
-        gpu_branches_sum(s->attention, branches_of(a), a->gates, N * c->num_attention_heads, c->v_head_dim);
-        attention = s->attention;
-    }
     const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 1, info));
-    gpu_linear_backward(s->dattention, HDv, grad_of(g, w->o), dy, C, attention, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
-    gpu_attention_core_backward<F>(g, layer, B, T);
+    gpu_linear_backward<F>(s->dattention, HDv, NULL, dy, C, NULL, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
+    const F *attention = gpu_attention_core_backward<F>(g, layer, B, T);        // made again where dattention is read
+    gpu_linear_backward<F>(NULL, HDv, grad_of(g, w->o), dy, C, attention, HDv, NULL, N, HDv, C, 0);
     gpu_norm_again<F>(s->norm, a->rstd1, a->x, small(g, w->norm1), N, C);
     gpu_linear_backward(s->dnorm, C, grad_of(g, w->wide), s->dwide, row, s->norm, C, matrix<F>(g, w->wide), N, C, wide, 0);
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, small(g, w->norm1), N, C, s->parts);

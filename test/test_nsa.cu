@@ -423,6 +423,7 @@ template <typename F>
 struct PiecesWork {
     F *q, *k, *v, *dout, *out, *dk, *dv;
     float *lse, *gate, *dq, *delta, *partial, *select;
+    RowStats *stats;
     int *block_idx;
     Takers takers;
 
@@ -433,8 +434,9 @@ struct PiecesWork {
         if (mask.kind == MASK_SELECTED) mask.block_idx = block_idx + t0 * s.KV * mask.n;
         gpu_attention_forward<F>(out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s);
         if (mask.kind == MASK_COMPRESSED) gpu_select_forward<F>(block_idx + t0 * s.KV * sel->n, q + t0 * s.q_row, k, lse + rows, &s, sel, &mask, select);
-        gpu_attention_backward<F>(dq + rows * s.D, 0, dk, dv, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s, delta,
-                                  &takers, partial);
+        gpu_row_stats<F>(stats, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, T * s.H, (int)s.Dv);
+        gpu_attention_backward<F>(dq + rows * s.D, 0, dk, dv, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, stats, q + t0 * s.q_row, k, v, &mask, &s,
+                                  delta, &takers, partial);
     }
 };
 
@@ -450,6 +452,7 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
     w.q = random_numbers<F>(T * H * D), w.k = random_numbers<F>(T * KV * D), w.v = random_numbers<F>(T * KV * Dv), w.dout = random_numbers<F>(T * H * Dv);
     w.out = random_numbers<F>(T * H * Dv), w.dk = random_numbers<F>(T * KV * D), w.dv = random_numbers<F>(T * KV * Dv);
     w.lse = random_numbers<float>(T * H), w.dq = random_numbers<float>(T * H * D), w.delta = random_numbers<float>(T * H), w.gate = random_numbers<float>(T * H * BRANCHES);
+    w.stats = (RowStats *)device_malloc(T * H * (int64_t)sizeof(RowStats));
     std::vector<float> gates((size_t)(T * H * BRANCHES));
     for (size_t i = 0; i < gates.size(); i++) gates[i] = 0.5f + 0.4f * (float)sin((double)i);
     to_device(w.gate, gates.data(), (int64_t)(gates.size() * sizeof(float)));
@@ -503,7 +506,7 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
         CUDA(cudaFree(w.select));
     }
     printf("%-46s worst error %.1e\n", name, worst);
-    void *all[] = {w.q, w.k, w.v, w.dout, w.out, w.dk, w.dv, w.lse, w.gate, w.dq, w.delta, w.block_idx, w.takers.count, w.takers.start, w.takers.queries};
+    void *all[] = {w.q, w.k, w.v, w.dout, w.out, w.dk, w.dv, w.lse, w.gate, w.dq, w.delta, w.stats, w.block_idx, w.takers.count, w.takers.start, w.takers.queries};
     for (void *p : all) CUDA(cudaFree(p));
     free(name);
 }

@@ -112,8 +112,9 @@ static void forward_by(int version, bf16 *out, float *lse, const bf16 *q, const 
     else fast_attention_forward(out, lse, q, k, v, mask, s);
 }
 static void backward_by(int version, float *dq, int accumulate, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
-                        const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
-    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
+                        const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, RowStats *stats, const Takers *takers, float *partial) {
+    if (version == 3) gpu_row_stats(stats, dout, gate, out, lse, s->B * s->T * s->H, s->Dv);
+    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
     else fast_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
 }
 
@@ -190,6 +191,7 @@ static void check_case(const Case *x) {
     // the GPU
     bf16 *dq_in = device_bf16(q, nq), *dk_in = device_bf16(k, nk), *dv_in = device_bf16(v, nv), *ddout = device_bf16(dout, no);
     float *dgate = device_f32(gate, rows * BRANCHES), *ddelta = (float *)device_filled(rows * 4);
+    RowStats *stats = (RowStats *)device_filled(rows * (int64_t)sizeof(RowStats));
     const int64_t partials = max64(fast_attention_partial(&s, &mask), hopper_attention_partial(&s, &mask));
     float *partial = (float *)device_filled(partials * 4);
     Takers takers = make_takers(&mask, &s);
@@ -222,7 +224,7 @@ static void check_case(const Case *x) {
             if (run) CUDA(cudaMemcpy(ddq[1], ddq[0], (size_t)nd * 4, cudaMemcpyDeviceToDevice));       // and once more: twice the first
             ddk[run] = (bf16 *)device_filled(nk * 2);
             ddv[run] = (bf16 *)device_filled(nv * 2);
-            backward_by(version, ddq[run], run, ddk[run], ddv[run], ddout, dgate, dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s, ddelta, &takers, partial);
+            backward_by(version, ddq[run], run, ddk[run], ddv[run], ddout, dgate, dout_of[run], dlse[run], dq_in, dk_in, dv_in, &mask, &s, ddelta, stats, &takers, partial);
         }
         float *g_out[2], *g_lse[2], *g_dq[2], *g_dk[2], *g_dv[2];
         for (int run = 0; run < 2; run++) {
@@ -257,8 +259,8 @@ static void check_case(const Case *x) {
         }
     }
     if (x->kind == MASK_COMPRESSED && x->sel_block && s.Tk > 0) check_select(x, &s, dq_in, dk_in, q, k, lse);
-    void *on_device[] = {dq_in, dk_in, dv_in, ddout, dgate, ddelta, partial, idx ? (void *)mask.block_idx : NULL};
-    for (int i = 0; i < 8; i++) CUDA(cudaFree(on_device[i]));
+    void *on_device[] = {dq_in, dk_in, dv_in, ddout, dgate, ddelta, stats, partial, idx ? (void *)mask.block_idx : NULL};
+    for (int i = 0; i < 9; i++) CUDA(cudaFree(on_device[i]));
     free_takers(&takers);
     float *on_host[] = {q, k, v, dout, gate, out, lse, dq, dk, dv, delta, side_k, side_v, memory, parts, dq_dense, (float *)idx};
     for (int i = 0; i < 17; i++) free(on_host[i]);
@@ -379,6 +381,7 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
     const int64_t rows = s.B * s.T * s.H, no = rows * s.Dv, nd = rows * s.D, nk = s.B * s.Tk * s.k_row, nv = s.B * s.Tk * s.v_row;
     Tensor dout = random_tensor(no), out = random_tensor(no), dk = random_tensor(nk), dv = random_tensor(nv);
     float *lse = (float *)device_malloc(rows * 4), *delta = (float *)device_malloc(rows * 4), *dq = (float *)device_malloc(nd * 4);
+    RowStats *stats = (RowStats *)device_malloc(rows * (int64_t)sizeof(RowStats));
     float *partial = (float *)device_malloc(max64(fast_attention_partial(&s, mask), hopper_attention_partial(&s, mask)) * 4);
     Takers takers = make_takers(mask, &s);
     const double pairs = seen_pairs(mask, &s) * s.H, forward = 2 * pairs * (s.D + s.Dv), backward = 2 * pairs * (3 * s.D + 2 * s.Dv);
@@ -397,15 +400,15 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
         report(what, i, fms, forward, bytes * (inputs + (double)no) + small);
         const double bms = median_ms(runs, [&] {
             if (i == 1) simple_attention_backward(dq, 0, dk.f, dv.f, dout.f, (const float *)NULL, out.f, lse, q.f, k.f, v.f, mask, &s, delta, &takers);
-            else backward_by(i, dq, 0, dk.b, dv.b, dout.b, NULL, out.b, lse, q.b, k.b, v.b, mask, &s, delta, &takers, partial);
+            else backward_by(i, dq, 0, dk.b, dv.b, dout.b, NULL, out.b, lse, q.b, k.b, v.b, mask, &s, delta, stats, &takers, partial);
         });
         snprintf(what, sizeof what, "%s backward", name);
         report(what, i, bms, backward, bytes * (2 * inputs - (double)nd + 2 * (double)no) + 4 * (double)nd + 2 * small);
     }
     if (mask->kind == MASK_SELECTED) printf("%-25s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
     free_tensor(&dout), free_tensor(&out), free_tensor(&dk), free_tensor(&dv);
-    void *rest[] = {lse, delta, dq, partial};
-    for (int i = 0; i < 4; i++) CUDA(cudaFree(rest[i]));
+    void *rest[] = {lse, delta, stats, dq, partial};
+    for (int i = 0; i < 5; i++) CUDA(cudaFree(rest[i]));
     free_takers(&takers);
 }
 
