@@ -834,7 +834,7 @@ static void grouped_dweight(float *dweight, int64_t stride, const F *dout, const
 // ----------------------------------------------------------------------------
 // Sums down the columns of something that is a matrix (rows,cols) of `value(row, col)`: gradients of biases, norms, gates.
 // Rows are cut into at most SUM_PARTS parts of fixed size and the parts are added in order: no atomics, the same bits always.
-enum { SUM_PARTS = 64, SUM_ROWS = 8 };
+enum { SUM_PARTS = 64, SUM_ROWS = 8, ADD_ROWS = 32 };
 
 template <typename Value>
 __global__ void column_parts_kernel(float *parts, int64_t rows, int64_t cols, int64_t part_rows, Value value) {
@@ -851,21 +851,21 @@ __global__ void column_parts_kernel(float *parts, int64_t rows, int64_t cols, in
 }
 
 __global__ void add_parts_kernel(float *out, const float *parts, int64_t count, int64_t cols) {
-    __shared__ double sums[SUM_ROWS][WARP];
+    __shared__ double sums[ADD_ROWS][WARP];
     const int64_t col = (int64_t)blockIdx.x * WARP + threadIdx.x;
     double sum = 0;
     if (col < cols)
-        for (int64_t i = threadIdx.y; i < count; i += SUM_ROWS) sum += (double)parts[i * cols + col];
+        for (int64_t i = threadIdx.y; i < count; i += ADD_ROWS) sum += (double)parts[i * cols + col];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || col >= cols) return;
-    for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][threadIdx.x];
+    for (int i = 1; i < ADD_ROWS; i++) sum += sums[i][threadIdx.x];
     out[col] += (float)sum;
 }
 
 // out (cols) += the sum of `count` rows of parts.
 static void add_parts(float *out, const float *parts, int64_t count, int64_t cols) {
-    add_parts_kernel<<<grid(cols, WARP), dim3(WARP, SUM_ROWS)>>>(out, parts, count, cols);
+    add_parts_kernel<<<grid(cols, WARP), dim3(WARP, ADD_ROWS)>>>(out, parts, count, cols);
     LAUNCHED();
 }
 
@@ -1013,52 +1013,75 @@ static void gpu_norm_again(F *norm, const float *rstd, const F *x, const float *
     LAUNCHED();
 }
 
-// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A warp takes
-// every so many-th row, and has its own row of sums in shared memory, where a column belongs to one lane.
-enum { NORM_BLOCKS = 528 };     // four for each multiprocessor of the largest GPUs
+// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A block takes several rows at a time, and a
+// thread has the same columns of all: its weights and sums stay in registers, and so does what it has loaded until the block knows <dy·w, x>. Rows too wide for
+// that, 4096 numbers of bf16, take several packs a thread, much of which lies in local memory.
+enum { NORM_ROWS = 4, NORM_THREADS = 512, NORM_COLUMNS = 128 };         // of a block; of a thread, at most
+enum { NORM_RESIDENT = 512, NORM_BLOCKS = 792 };                        // threads whose registers fit on a multiprocessor; blocks, at most
 
-template <typename F, int N>
-__global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
-    extern __shared__ float sums[];         // (warps,C)
-    const int warps = blockDim.x / WARP;
-    float *part = sums + threadIdx.x / WARP * c;
-    for (int64_t j = lane() * N; j < c; j += WARP * N)
-        for (int v = 0; v < N; v++) part[j + v] = 0;
-    for (int64_t i = global_warp(); i < n; i += (int64_t)gridDim.x * warps) {
-        const F *x = inp + i * c, *d = dy + i * c;
-        const float s = rstd[i];
-        float sum = 0;
-        for (int64_t j = lane() * N; j < c; j += WARP * N) {
-            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
-            for (int v = 0; v < N; v++) sum += (float)b.of[v] * weight[j + v] * (float)a.of[v];
-        }
-        const float mean = warp_sum(sum) * s * s / (float)c;
-        for (int64_t j = lane() * N; j < c; j += WARP * N) {
-            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
-            Pack<F, N> g = load<N>(dx + i * c + j);
-            for (int v = 0; v < N; v++) {
-                g.of[v] = (F)((float)g.of[v] + s * ((float)b.of[v] * weight[j + v] - (float)a.of[v] * mean));
-                part[j + v] += (float)b.of[v] * (float)a.of[v] * s;
+template <typename F, int N, int PACKS>
+__global__ void __launch_bounds__(NORM_THREADS) rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
+    constexpr int ROWS = PACKS == 1 ? NORM_ROWS : 1;
+    __shared__ float dots[2][ROWS][NORM_THREADS / WARP];        // of each warp; twice, so that one barrier a turn is enough
+    const float share = 1 / (float)c;
+    float w[PACKS][N], sums[PACKS][N];
+    int turn = 0;
+    for (int k = 0; k < PACKS; k++) {
+        const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+        for (int v = 0; v < N; v++) w[k][v] = j < c ? weight[j + v] : 0, sums[k][v] = 0;
+    }
+    for (int64_t row = (int64_t)blockIdx.x * ROWS; row < n; row += (int64_t)gridDim.x * ROWS, turn ^= 1) {
+        Pack<F, N> x[ROWS][PACKS], d[ROWS][PACKS], g[ROWS][PACKS];
+        float s[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            s[r] = row + r < n ? rstd[row + r] : 0;
+            for (int k = 0; k < PACKS; k++) {
+                const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N, at = min64(row + r, n - 1) * c + (j < c ? j : 0);
+                x[r][k] = load<N>(inp + at);
+                d[r][k] = load<N>(dy + at);
+                g[r][k] = load<N>(dx + at);
             }
-            store<N>(dx + i * c + j, g);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float dot = 0;
+            for (int k = 0; k < PACKS; k++)
+                for (int v = 0; v < N; v++) dot += (float)d[r][k].of[v] * w[k][v] * (float)x[r][k].of[v];
+            dot = warp_sum(dot);
+            if (lane() == 0) dots[turn][r][threadIdx.x / WARP] = dot;
+        }
+        __syncthreads();
+        for (int r = 0; r < ROWS; r++) {
+            float dot = 0;
+            for (int i = 0; i < (int)blockDim.x / WARP; i++) dot += dots[turn][r][i];
+            const float mean = dot * s[r] * s[r] * share;
+            for (int k = 0; k < PACKS; k++) {
+                const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+                for (int v = 0; v < N; v++) {
+                    const float a = (float)x[r][k].of[v], b = (float)d[r][k].of[v];
+                    g[r][k].of[v] = (F)((float)g[r][k].of[v] + s[r] * (b * w[k][v] - a * mean));
+                    sums[k][v] += b * a * s[r];
+                }
+                if (row + r < n && j < c) store<N>(dx + (row + r) * c + j, g[r][k]);
+            }
         }
     }
-    __syncthreads();
-    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
-        float sum = 0;
-        for (int w = 0; w < warps; w++) sum += sums[w * c + j];
-        parts[blockIdx.x * c + j] = sum;
+    for (int k = 0; k < PACKS; k++) {
+        const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+        for (int v = 0; v < N; v++)
+            if (j < c) parts[blockIdx.x * c + j + v] = sums[k][v];
     }
 }
 
 // dinp (N,C) +=, dweight (C) +=; parts: NORM_BLOCKS · C numbers.
 template <typename F>
 static void gpu_rmsnorm_backward(F *dinp, float *dweight, const F *dout, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c, float *parts) {
-    const auto kernel = packs<F>(c) ? rmsnorm_backward_kernel<F, pack_size<F>> : rmsnorm_backward_kernel<F, 1>;
-    const int64_t row = c * (int64_t)sizeof(float), warps = max64(1, min64(WARPS, 48 * 1024 / row));       // fewer for a model wider than any
-    const int64_t blocks = min64((n + warps - 1) / warps, NORM_BLOCKS);
-    allow_shared(kernel, warps * row, "RMSNorm", "a smaller --width");
-    kernel<<<(unsigned)blocks, (unsigned)(warps * WARP), (size_t)(warps * row)>>>(dinp, parts, dout, inp, rstd, weight, n, c);
+    constexpr int N = pack_size<F>;
+    if (c > NORM_THREADS * NORM_COLUMNS) die(2, "RMSNorm takes rows of up to %d numbers on a GPU: use a smaller --width", NORM_THREADS * NORM_COLUMNS);
+    const int64_t pack = packs<F>(c) ? N : 1, threads = min64(round_up((c + pack - 1) / pack, WARP), NORM_THREADS), wide = c > threads * pack, rows = wide ? 1 : NORM_ROWS;
+    const auto kernel = packs<F>(c) ? (wide ? rmsnorm_backward_kernel<F, N, NORM_COLUMNS / N> : rmsnorm_backward_kernel<F, N, 1>)
+                                    : (wide ? rmsnorm_backward_kernel<F, 1, NORM_COLUMNS> : rmsnorm_backward_kernel<F, 1, 1>);
+    const int64_t blocks = min64((n + rows - 1) / rows, min64(NORM_RESIDENT / threads * gpu.multiProcessorCount, NORM_BLOCKS));
+    kernel<<<(unsigned)blocks, (unsigned)threads>>>(dinp, parts, dout, inp, rstd, weight, n, c);
     LAUNCHED();
     add_parts(dweight, parts, blocks, c);
 }
