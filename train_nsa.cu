@@ -939,16 +939,45 @@ static const F *dropout_backward(F *spare, const F *dx, int64_t rows, Dropout d)
     return spare;
 }
 
-// dembed (V,C) += the rows of dx (N,C) of each token, in the order of the text: `places` (N) sorted by token, token i of those
-// that occur at places[start[i]] .. places[start[i+1]].
-template <typename F>
-__global__ void embed_backward_kernel(float *dembed, const F *dx, const int *occurring, const int *start, const int *places, int64_t c) {
-    const int64_t token = occurring[blockIdx.x];
-    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
-        float sum = 0;
-        for (int i = start[blockIdx.x]; i < start[blockIdx.x + 1]; i++) sum += (float)dx[places[i] * c + j];
-        dembed[token * c + j] += sum;
+// Rows to add up: those at places[start] .. places[the next list's start - 1], or with places NULL rows start and so on. Their sum is added to row `to`
+// of the result, or where `to` is negative becomes row ~to of `parts`.
+typedef struct RowList { int start, to; } RowList;
+
+// The embedding's backward: out (V,C), parts and x in rows of c numbers, lists (count + 1), the last for its start alone. A warp takes a list and WARP packs of its
+// rows' columns, several rows on their way at once. Long lists come cut into parts of one length: a text's commonest token would keep a warp busy long after all others are done.
+template <typename F, int N>
+__global__ void add_rows_kernel(float *out, float *parts, const F *x, const int *places, const RowList *lists, int count, int64_t c) {
+    constexpr int AT_ONCE = 4;
+    const int64_t list = global_warp(), j = ((int64_t)blockIdx.y * WARP + lane()) * N;
+    if (list >= count) return;
+    const int to = lists[list].to, end = lists[list + 1].start;
+    const F *columns = x + (j < c ? j : 0);     // lanes past the last column stay: they hand places on
+    Pack<float, N> sum = {};
+    for (int from = lists[list].start; from < end; from += WARP) {
+        const int rows = min32(end - from, WARP), at = from + min32(lane(), rows - 1), place = places ? places[at] : at;
+        for (int i = 0; i < rows; i += AT_ONCE) {
+            Pack<F, N> row[AT_ONCE];
+            for (int r = 0; r < AT_ONCE; r++) row[r] = load<N>(columns + (int64_t)__shfl_sync(~0u, place, i + r) * c);     // past the end the last one again
+            for (int r = 0; r < AT_ONCE; r++)
+                for (int v = 0; v < N; v++) sum.of[v] += i + r < rows ? (float)row[r].of[v] : 0;
+        }
     }
+    if (j >= c) return;
+    float *result = (to < 0 ? parts + (int64_t)~to * c : out + (int64_t)to * c) + j;
+    if (to >= 0) {
+        const Pack<float, N> before = load<N>(result);
+        for (int v = 0; v < N; v++) sum.of[v] += before.of[v];
+    }
+    store<N>(result, sum);
+}
+
+template <typename F>
+static void add_rows(float *out, float *parts, const F *x, const int *places, const RowList *lists, int count, int64_t c) {
+    constexpr int N = pack_size<F>;
+    if (count == 0) return;
+    if (packs<F>(c)) add_rows_kernel<F, N><<<dim3(grid(count, WARPS), grid(c, WARP * N)), THREADS>>>(out, parts, x, places, lists, count, c);
+    else add_rows_kernel<F, 1><<<dim3(grid(count, WARPS), grid(c, WARP)), THREADS>>>(out, parts, x, places, lists, count, c);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -4640,7 +4669,8 @@ struct GpuScratch {
     int64_t *count;                             // (E)
     MoeScratch<F> moe;
     Takers takers;
-    int *tokens, *targets, *places, *occurring, *start;     // (N), (N), and the lists of embed_backward_kernel
+    int *tokens, *targets, *places;             // (N)
+    RowList *lists;                             // of gpu_embed_backward
     double *norm_sums;
 };
 
@@ -4688,6 +4718,10 @@ static WideRow gpu_wide_row(const Config *c, int layer) {
 static int64_t logit_row(const Config *c) { return round_up(c->vocab_size, 64); }
 // Numbers behind the last weight, so that there is always something.
 static int64_t weights_slack(const Config *c) { return (logit_row(c) - c->vocab_size) * c->hidden_size; }
+// Lists of at most so many rows add up the embedding's gradient, and how many lists that takes (gpu_embed_backward), each kind's end included: a token that occurs
+// has one at least, and one more for its parts' sums if it is cut.
+enum { LIST_ROWS = WARP };
+static int64_t row_lists(int64_t n) { return n + 1 + n / LIST_ROWS + 1; }
 // Rows of logits made at a time: enough to fill the GPU, never (B·T,V).
 static int64_t gpu_logit_rows(const Config *c, int64_t n) { return min64(n, max64(128, ((int64_t)1 << 28) / logit_row(c) / 128 * 128)); }
 
@@ -4826,8 +4860,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->takers.start, B * KV * (s->takers.blocks + 1));
     carve(m, &s->takers.queries, nsa ? N * KV * c->sel_blocks : 0);
     carve(m, &s->places, N);
-    carve(m, &s->occurring, N);
-    carve(m, &s->start, N + 1);
+    carve(m, &s->lists, row_lists(N));
     carve(m, &s->norm_sums, count_params(c) / SUM_CHUNK + c->num_hidden_layers + 3);     // of every bucket by itself
 }
 
@@ -5506,27 +5539,34 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, small(g, w->norm1), N, C, s->parts);
 }
 
-// The places of each token that occurs, in the order of the text: made by the host, which has the tokens.
+// dembed (V,C) += the rows of dx (N,C) of each token, in the order of the text. The lists are made by the host, which has the tokens: of the places of each that occurs,
+// those of more than LIST_ROWS rows in parts, and behind them those of the parts' sums, which lie where dnorm was.
 template <typename F>
 static void gpu_embed_backward(Model *g, const int *tokens, int64_t N) {
     const int64_t V = g->config.vocab_size, C = g->config.hidden_size;
     GpuScratch<F> *s = &net<F>.work;
-    int *next = (int *)xcalloc((size_t)(V + 1), sizeof(int)), *places = (int *)xmalloc((size_t)(3 * N + 1) * sizeof(int)), *occurring = places + N, *start = occurring + N;
+    float *dembed = g->grads + (g->embed - g->weights), *sums = (float *)s->dnorm;
+    int *next = (int *)xcalloc((size_t)(V + 1), sizeof(int)), *places = (int *)xmalloc((size_t)N * sizeof(int));
+    RowList *lists = (RowList *)xmalloc((size_t)row_lists(N) * sizeof *lists), *long_ones = lists + N + 1;
+    int count = 0, long_count = 0, parts = 0;
     for (int64_t i = 0; i < N; i++) next[tokens[i] + 1]++;
-    int found = 0;
     for (int64_t v = 0; v < V; v++) {
-        if (next[v + 1]) occurring[found] = (int)v, start[found++] = next[v];
+        const int rows = next[v + 1];
+        if (rows > LIST_ROWS) long_ones[long_count++] = RowList{parts, (int)v};
+        for (int i = 0; i < rows; i += LIST_ROWS) lists[count++] = RowList{next[v] + i, rows > LIST_ROWS ? ~parts++ : (int)v};
         next[v + 1] += next[v];
     }
-    start[found] = (int)N;
+    lists[count] = RowList{(int)N, 0};
+    long_ones[long_count] = RowList{parts, 0};
+    memmove(lists + count + 1, long_ones, (size_t)(long_count + 1) * sizeof *lists);
     for (int64_t i = 0; i < N; i++) places[next[tokens[i]]++] = (int)i;
     to_device(s->places, places, N * (int64_t)sizeof(int));
-    to_device(s->occurring, occurring, found * (int64_t)sizeof(int));
-    to_device(s->start, start, (found + 1) * (int64_t)sizeof(int));
-    embed_backward_kernel<<<(unsigned)found, THREADS>>>(g->grads + (g->embed - g->weights), (const F *)s->dx, s->occurring, s->start, s->places, C);
-    LAUNCHED();
+    to_device(s->lists, lists, (count + long_count + 2) * (int64_t)sizeof *lists);
+    add_rows<F>(dembed, sums, s->dx, s->places, s->lists, count, C);
+    add_rows<float>(dembed, NULL, sums, NULL, s->lists + count + 1, long_count, C);
     free(next);
     free(places);
+    free(lists);
 }
 
 // What forward did not keep of a layer, from its input on.
