@@ -4600,43 +4600,76 @@ static void gpu_moe_losses(double *z, double *balance, double *load_sum, const R
 
 // ----------------------------------------------------------------------------
 // The head: a block of threads turns one row of logits into its gradient, and leaves the cross entropy.
+enum { LOSS_THREADS = 512 };
 
 __device__ static float block_reduce(float x, int want_max) {
-    __shared__ float of_warp[WARPS];
+    __shared__ float of_warp[LOSS_THREADS / WARP];
     x = want_max ? warp_max(x) : warp_sum(x);
     __syncthreads();        // the last call's results have been read
     if (lane() == 0) of_warp[threadIdx.x / WARP] = x;
     __syncthreads();
     float all = of_warp[0];
-    for (int i = 1; i < WARPS; i++) all = want_max ? fmaxf(all, of_warp[i]) : all + of_warp[i];
+    for (int i = 1; i < LOSS_THREADS / WARP; i++) all = want_max ? fmaxf(all, of_warp[i]) : all + of_warp[i];
     return all;
 }
 
+// e^(x - top) as loss_power(x · unit - top · unit). A rounding of logits to bf16 hides that of the fast powers; in f32 the CPU's results are wanted.
+template <typename F> constexpr float loss_unit = sizeof(F) == sizeof(bf16) ? LOG2E : 1;
+template <typename F> __device__ static inline float loss_power(float x) {
+    if constexpr (sizeof(F) == sizeof(bf16)) return power_of_2(x);
+    else return expf(x);
+}
+
 // logits (rows, ld), V of a row used and ld a multiple of 16 bytes: row i becomes `scale` times its gradient, zero past V, or with gradient = 0 stays.
+// A row is looked at twice, for the sum and for the gradient, but its first `kept` numbers are read from memory once: they wait in shared memory.
 template <typename F>
-__global__ void cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient) {
-    constexpr int N = pack_size<F>;
-    F *p = logits + blockIdx.x * ld;
+__global__ void __launch_bounds__(LOSS_THREADS, 2) cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient, int64_t kept) {
+    constexpr int N = pack_size<F>, STEP = LOSS_THREADS * N;
+    constexpr float UNIT = loss_unit<F>;
+    extern __shared__ uint4 loss_row[];
+    F *p = logits + blockIdx.x * ld, *copy = (F *)loss_row;
+    const int64_t first = threadIdx.x * N, whole = v / N * N, rest = whole + threadIdx.x;      // packs of nothing but logits, and this thread's logit behind them
+    for (int64_t j = first; j < kept; j += STEP) cp_async_16(copy + j, p + j, 16);             // a thread reads what it has copied itself
+    cp_async_commit();
     const int target = targets[blockIdx.x];
-    float mine = -INFINITY, sum = 0;        // of this thread's share
-    for (int64_t j = threadIdx.x * N; j < v; j += blockDim.x * N) {
-        const Pack<F, N> x = load<N>(p + j);
-        float higher = mine;
-        for (int i = 0; i < N; i++) higher = j + i < v ? fmaxf(higher, (float)x.of[i]) : higher;
-        sum *= mine == higher ? 1 : expf(mine - higher);
-        for (int i = 0; i < N; i++) sum += j + i < v ? expf((float)x.of[i] - higher) : 0;
+    const float at_target = (float)p[target];
+    float mine = rest < v ? (float)p[rest] : -1e38f, sum = rest < v ? 1 : 0;       // of this thread's share; at first below any logit, but a number: -∞ - -∞ is none
+    const auto add = [&](const Pack<F, N> &x) {
+        float higher = mine, more = 0;
+        for (int i = 0; i < N; i++) higher = fmaxf(higher, (float)x.of[i]);
+        for (int i = 0; i < N; i++) more += loss_power<F>((float)x.of[i] * UNIT - higher * UNIT);
+        sum = sum * loss_power<F>(mine * UNIT - higher * UNIT) + more;
         mine = higher;
-    }
+    };
+    int64_t j = first;
+    cp_async_wait<0>();
+    for (; j < kept; j += STEP) add(load<N>(copy + j));
+    for (; j < whole; j += STEP) add(load<N>(p + j));
     const float top = block_reduce(mine, 1);
-    sum = block_reduce(mine == -INFINITY ? 0 : sum * expf(mine - top), 0);
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - ((float)p[target] - top);
-    __syncthreads();
+    sum = block_reduce(sum * loss_power<F>(mine * UNIT - top * UNIT), 0);
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - (at_target - top);
     if (!gradient) return;
-    for (int64_t j = threadIdx.x * N; j < ld; j += blockDim.x * N) {
-        Pack<F, N> x = load<N>(p + j);
-        for (int i = 0; i < N; i++) x.of[i] = (F)(j + i < v ? (expf((float)x.of[i] - top) / sum - (j + i == target ? 1.0f : 0.0f)) * scale : 0.0f);
-        store<N>(p + j, x);
-    }
+    const float factor = scale / sum;
+    const auto probability = [&](F x) { return loss_power<F>((float)x * UNIT - top * UNIT) * factor; };
+    const auto to_gradient = [&](Pack<F, N> x, int64_t at) {
+        for (int i = 0; i < N; i++) x.of[i] = (F)probability(x.of[i]);
+        store<N>(p + at, x);
+    };
+    for (j = first; j < kept; j += STEP) to_gradient(load<N>(copy + j), j);
+    for (; j < whole; j += STEP) to_gradient(load<N>(p + j), j);
+    for (j = rest; j < ld; j += LOSS_THREADS) p[j] = (F)(j < v ? probability(p[j]) : 0);
+    __syncthreads();
+    if (threadIdx.x == 0) p[target] = (F)(probability((F)at_target) - scale);
+}
+
+// loss (rows), and with `gradient` the logits' gradients in their place.
+template <typename F>
+static void gpu_cross_entropy(F *logits, int64_t ld, float *loss, const int *targets, int64_t rows, int64_t v, float scale, int gradient) {
+    const int64_t half = (int64_t)gpu.sharedMemPerBlockOptin / 2 - 1024;      // two blocks on a multiprocessor, each with 1 KB of CUDA's own
+    const int64_t kept = min64(v / pack_size<F>, half / 16) * pack_size<F>;
+    allow_shared(cross_entropy_kernel<F>, kept * (int64_t)sizeof(F), "the cross entropy", "a smaller --vocab");
+    cross_entropy_kernel<F><<<(unsigned)rows, LOSS_THREADS, (size_t)(kept * (int64_t)sizeof(F))>>>(logits, ld, loss, targets, v, scale, gradient, kept);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -5361,8 +5394,7 @@ static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInf
     for (int64_t i = 0; i < N; i += rows) {
         const int64_t n = min64(rows, N - i);
         gpu_linear_forward(s->logits, ld, s->norm + i * C, C, head, n, C, ld);
-        cross_entropy_kernel<<<(unsigned)n, THREADS>>>(s->logits, ld, s->loss + i, s->targets + i, V, scale, info != NULL);
-        LAUNCHED();
+        gpu_cross_entropy(s->logits, ld, s->loss + i, s->targets + i, n, V, scale, info != NULL);
         if (info) gpu_linear_backward(s->dnorm + i * C, C, g->grads + (g->head - g->weights), s->logits, ld, s->norm + i * C, C, head, n, C, ld, 0);
     }
     if (info) {

@@ -269,6 +269,7 @@ static void test_cases(int bf16) {
     CASE("odd sizes", { d.hidden_size = 37; d.head_dim = 10; d.v_head_dim = 7; d.intermediate_size = 53; d.vocab_size = 131; });
     CASE("few tokens", d.vocab_size = 5);                       // lists of the embedding's backward with and without parts
     CASE("few tokens, odd rows", { d.vocab_size = 3; d.hidden_size = 37; d.head_dim = 10; });
+    CASE("large vocabulary", { d.vocab_size = 60001; x.T = 9; });       // a row of logits does not fit in shared memory
     CASE("group of 3", { d.num_attention_heads = 6; });
     CASE("group of 16", { d.num_attention_heads = 16; d.num_key_value_heads = 1; });
     CASE("below a block", x.T = 7);
