@@ -834,7 +834,7 @@ static void grouped_dweight(float *dweight, int64_t stride, const F *dout, const
 // ----------------------------------------------------------------------------
 // Sums down the columns of something that is a matrix (rows,cols) of `value(row, col)`: gradients of biases, norms, gates.
 // Rows are cut into at most SUM_PARTS parts of fixed size and the parts are added in order: no atomics, the same bits always.
-enum { SUM_PARTS = 64, SUM_ROWS = 8 };
+enum { SUM_PARTS = 64, SUM_ROWS = 8, ADD_ROWS = 32 };
 
 template <typename Value>
 __global__ void column_parts_kernel(float *parts, int64_t rows, int64_t cols, int64_t part_rows, Value value) {
@@ -851,21 +851,21 @@ __global__ void column_parts_kernel(float *parts, int64_t rows, int64_t cols, in
 }
 
 __global__ void add_parts_kernel(float *out, const float *parts, int64_t count, int64_t cols) {
-    __shared__ double sums[SUM_ROWS][WARP];
+    __shared__ double sums[ADD_ROWS][WARP];
     const int64_t col = (int64_t)blockIdx.x * WARP + threadIdx.x;
     double sum = 0;
     if (col < cols)
-        for (int64_t i = threadIdx.y; i < count; i += SUM_ROWS) sum += (double)parts[i * cols + col];
+        for (int64_t i = threadIdx.y; i < count; i += ADD_ROWS) sum += (double)parts[i * cols + col];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || col >= cols) return;
-    for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][threadIdx.x];
+    for (int i = 1; i < ADD_ROWS; i++) sum += sums[i][threadIdx.x];
     out[col] += (float)sum;
 }
 
 // out (cols) += the sum of `count` rows of parts.
 static void add_parts(float *out, const float *parts, int64_t count, int64_t cols) {
-    add_parts_kernel<<<grid(cols, WARP), dim3(WARP, SUM_ROWS)>>>(out, parts, count, cols);
+    add_parts_kernel<<<grid(cols, WARP), dim3(WARP, ADD_ROWS)>>>(out, parts, count, cols);
     LAUNCHED();
 }
 
@@ -939,16 +939,45 @@ static const F *dropout_backward(F *spare, const F *dx, int64_t rows, Dropout d)
     return spare;
 }
 
-// dembed (V,C) += the rows of dx (N,C) of each token, in the order of the text: `places` (N) sorted by token, token i of those
-// that occur at places[start[i]] .. places[start[i+1]].
-template <typename F>
-__global__ void embed_backward_kernel(float *dembed, const F *dx, const int *occurring, const int *start, const int *places, int64_t c) {
-    const int64_t token = occurring[blockIdx.x];
-    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
-        float sum = 0;
-        for (int i = start[blockIdx.x]; i < start[blockIdx.x + 1]; i++) sum += (float)dx[places[i] * c + j];
-        dembed[token * c + j] += sum;
+// Rows to add up: those at places[start] .. places[the next list's start - 1], or with places NULL rows start and so on. Their sum is added to row `to`
+// of the result, or where `to` is negative becomes row ~to of `parts`.
+typedef struct RowList { int start, to; } RowList;
+
+// The embedding's backward: out (V,C), parts and x in rows of c numbers, lists (count + 1), the last for its start alone. A warp takes a list and WARP packs of its
+// rows' columns, several rows on their way at once. Long lists come cut into parts of one length: a text's commonest token would keep a warp busy long after all others are done.
+template <typename F, int N>
+__global__ void add_rows_kernel(float *out, float *parts, const F *x, const int *places, const RowList *lists, int count, int64_t c) {
+    constexpr int AT_ONCE = 4;
+    const int64_t list = global_warp(), j = ((int64_t)blockIdx.y * WARP + lane()) * N;
+    if (list >= count) return;
+    const int to = lists[list].to, end = lists[list + 1].start;
+    const F *columns = x + (j < c ? j : 0);     // lanes past the last column stay: they hand places on
+    Pack<float, N> sum = {};
+    for (int from = lists[list].start; from < end; from += WARP) {
+        const int rows = min32(end - from, WARP), at = from + min32(lane(), rows - 1), place = places ? places[at] : at;
+        for (int i = 0; i < rows; i += AT_ONCE) {
+            Pack<F, N> row[AT_ONCE];
+            for (int r = 0; r < AT_ONCE; r++) row[r] = load<N>(columns + (int64_t)__shfl_sync(~0u, place, i + r) * c);     // past the end the last one again
+            for (int r = 0; r < AT_ONCE; r++)
+                for (int v = 0; v < N; v++) sum.of[v] += i + r < rows ? (float)row[r].of[v] : 0;
+        }
     }
+    if (j >= c) return;
+    float *result = (to < 0 ? parts + (int64_t)~to * c : out + (int64_t)to * c) + j;
+    if (to >= 0) {
+        const Pack<float, N> before = load<N>(result);
+        for (int v = 0; v < N; v++) sum.of[v] += before.of[v];
+    }
+    store<N>(result, sum);
+}
+
+template <typename F>
+static void add_rows(float *out, float *parts, const F *x, const int *places, const RowList *lists, int count, int64_t c) {
+    constexpr int N = pack_size<F>;
+    if (count == 0) return;
+    if (packs<F>(c)) add_rows_kernel<F, N><<<dim3(grid(count, WARPS), grid(c, WARP * N)), THREADS>>>(out, parts, x, places, lists, count, c);
+    else add_rows_kernel<F, 1><<<dim3(grid(count, WARPS), grid(c, WARP)), THREADS>>>(out, parts, x, places, lists, count, c);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -1013,52 +1042,75 @@ static void gpu_norm_again(F *norm, const float *rstd, const F *x, const float *
     LAUNCHED();
 }
 
-// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A warp takes
-// every so many-th row, and has its own row of sums in shared memory, where a column belongs to one lane.
-enum { NORM_BLOCKS = 528 };     // four for each multiprocessor of the largest GPUs
+// dx += s·(dy·w - x·mean), s = rstd, mean = s²·<dy·w, x>/C; parts (blocks,C) = each block's Σ dy·x·s, the gradient of w. A block takes several rows at a time, and a
+// thread has the same columns of all: its weights and sums stay in registers, and so does what it has loaded until the block knows <dy·w, x>. Rows too wide for
+// that, 4096 numbers of bf16, take several packs a thread, much of which lies in local memory.
+enum { NORM_ROWS = 4, NORM_THREADS = 512, NORM_COLUMNS = 128 };         // of a block; of a thread, at most
+enum { NORM_RESIDENT = 512, NORM_BLOCKS = 792 };                        // threads whose registers fit on a multiprocessor; blocks, at most
 
-template <typename F, int N>
-__global__ void rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
-    extern __shared__ float sums[];         // (warps,C)
-    const int warps = blockDim.x / WARP;
-    float *part = sums + threadIdx.x / WARP * c;
-    for (int64_t j = lane() * N; j < c; j += WARP * N)
-        for (int v = 0; v < N; v++) part[j + v] = 0;
-    for (int64_t i = global_warp(); i < n; i += (int64_t)gridDim.x * warps) {
-        const F *x = inp + i * c, *d = dy + i * c;
-        const float s = rstd[i];
-        float sum = 0;
-        for (int64_t j = lane() * N; j < c; j += WARP * N) {
-            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
-            for (int v = 0; v < N; v++) sum += (float)b.of[v] * weight[j + v] * (float)a.of[v];
-        }
-        const float mean = warp_sum(sum) * s * s / (float)c;
-        for (int64_t j = lane() * N; j < c; j += WARP * N) {
-            const Pack<F, N> a = load<N>(x + j), b = load<N>(d + j);
-            Pack<F, N> g = load<N>(dx + i * c + j);
-            for (int v = 0; v < N; v++) {
-                g.of[v] = (F)((float)g.of[v] + s * ((float)b.of[v] * weight[j + v] - (float)a.of[v] * mean));
-                part[j + v] += (float)b.of[v] * (float)a.of[v] * s;
+template <typename F, int N, int PACKS>
+__global__ void __launch_bounds__(NORM_THREADS) rmsnorm_backward_kernel(F *dx, float *parts, const F *dy, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c) {
+    constexpr int ROWS = PACKS == 1 ? NORM_ROWS : 1;
+    __shared__ float dots[2][ROWS][NORM_THREADS / WARP];        // of each warp; twice, so that one barrier a turn is enough
+    const float share = 1 / (float)c;
+    float w[PACKS][N], sums[PACKS][N];
+    int turn = 0;
+    for (int k = 0; k < PACKS; k++) {
+        const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+        for (int v = 0; v < N; v++) w[k][v] = j < c ? weight[j + v] : 0, sums[k][v] = 0;
+    }
+    for (int64_t row = (int64_t)blockIdx.x * ROWS; row < n; row += (int64_t)gridDim.x * ROWS, turn ^= 1) {
+        Pack<F, N> x[ROWS][PACKS], d[ROWS][PACKS], g[ROWS][PACKS];
+        float s[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            s[r] = row + r < n ? rstd[row + r] : 0;
+            for (int k = 0; k < PACKS; k++) {
+                const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N, at = min64(row + r, n - 1) * c + (j < c ? j : 0);
+                x[r][k] = load<N>(inp + at);
+                d[r][k] = load<N>(dy + at);
+                g[r][k] = load<N>(dx + at);
             }
-            store<N>(dx + i * c + j, g);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float dot = 0;
+            for (int k = 0; k < PACKS; k++)
+                for (int v = 0; v < N; v++) dot += (float)d[r][k].of[v] * w[k][v] * (float)x[r][k].of[v];
+            dot = warp_sum(dot);
+            if (lane() == 0) dots[turn][r][threadIdx.x / WARP] = dot;
+        }
+        __syncthreads();
+        for (int r = 0; r < ROWS; r++) {
+            float dot = 0;
+            for (int i = 0; i < (int)blockDim.x / WARP; i++) dot += dots[turn][r][i];
+            const float mean = dot * s[r] * s[r] * share;
+            for (int k = 0; k < PACKS; k++) {
+                const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+                for (int v = 0; v < N; v++) {
+                    const float a = (float)x[r][k].of[v], b = (float)d[r][k].of[v];
+                    g[r][k].of[v] = (F)((float)g[r][k].of[v] + s[r] * (b * w[k][v] - a * mean));
+                    sums[k][v] += b * a * s[r];
+                }
+                if (row + r < n && j < c) store<N>(dx + (row + r) * c + j, g[r][k]);
+            }
         }
     }
-    __syncthreads();
-    for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
-        float sum = 0;
-        for (int w = 0; w < warps; w++) sum += sums[w * c + j];
-        parts[blockIdx.x * c + j] = sum;
+    for (int k = 0; k < PACKS; k++) {
+        const int64_t j = ((int64_t)k * blockDim.x + threadIdx.x) * N;
+        for (int v = 0; v < N; v++)
+            if (j < c) parts[blockIdx.x * c + j + v] = sums[k][v];
     }
 }
 
 // dinp (N,C) +=, dweight (C) +=; parts: NORM_BLOCKS · C numbers.
 template <typename F>
 static void gpu_rmsnorm_backward(F *dinp, float *dweight, const F *dout, const F *inp, const float *rstd, const float *weight, int64_t n, int64_t c, float *parts) {
-    const auto kernel = packs<F>(c) ? rmsnorm_backward_kernel<F, pack_size<F>> : rmsnorm_backward_kernel<F, 1>;
-    const int64_t row = c * (int64_t)sizeof(float), warps = max64(1, min64(WARPS, 48 * 1024 / row));       // fewer for a model wider than any
-    const int64_t blocks = min64((n + warps - 1) / warps, NORM_BLOCKS);
-    allow_shared(kernel, warps * row, "RMSNorm", "a smaller --width");
-    kernel<<<(unsigned)blocks, (unsigned)(warps * WARP), (size_t)(warps * row)>>>(dinp, parts, dout, inp, rstd, weight, n, c);
+    constexpr int N = pack_size<F>;
+    if (c > NORM_THREADS * NORM_COLUMNS) die(2, "RMSNorm takes rows of up to %d numbers on a GPU: use a smaller --width", NORM_THREADS * NORM_COLUMNS);
+    const int64_t pack = packs<F>(c) ? N : 1, threads = min64(round_up((c + pack - 1) / pack, WARP), NORM_THREADS), wide = c > threads * pack, rows = wide ? 1 : NORM_ROWS;
+    const auto kernel = packs<F>(c) ? (wide ? rmsnorm_backward_kernel<F, N, NORM_COLUMNS / N> : rmsnorm_backward_kernel<F, N, 1>)
+                                    : (wide ? rmsnorm_backward_kernel<F, 1, NORM_COLUMNS> : rmsnorm_backward_kernel<F, 1, 1>);
+    const int64_t blocks = min64((n + rows - 1) / rows, min64(NORM_RESIDENT / threads * gpu.multiProcessorCount, NORM_BLOCKS));
+    kernel<<<(unsigned)blocks, (unsigned)threads>>>(dinp, parts, dout, inp, rstd, weight, n, c);
     LAUNCHED();
     add_parts(dweight, parts, blocks, c);
 }
@@ -4573,43 +4625,76 @@ static void gpu_moe_losses(double *z, double *balance, double *load_sum, const R
 
 // ----------------------------------------------------------------------------
 // The head: a block of threads turns one row of logits into its gradient, and leaves the cross entropy.
+enum { LOSS_THREADS = 512 };
 
 __device__ static float block_reduce(float x, int want_max) {
-    __shared__ float of_warp[WARPS];
+    __shared__ float of_warp[LOSS_THREADS / WARP];
     x = want_max ? warp_max(x) : warp_sum(x);
     __syncthreads();        // the last call's results have been read
     if (lane() == 0) of_warp[threadIdx.x / WARP] = x;
     __syncthreads();
     float all = of_warp[0];
-    for (int i = 1; i < WARPS; i++) all = want_max ? fmaxf(all, of_warp[i]) : all + of_warp[i];
+    for (int i = 1; i < LOSS_THREADS / WARP; i++) all = want_max ? fmaxf(all, of_warp[i]) : all + of_warp[i];
     return all;
 }
 
+// e^(x - top) as loss_power(x · unit - top · unit). A rounding of logits to bf16 hides that of the fast powers; in f32 the CPU's results are wanted.
+template <typename F> constexpr float loss_unit = sizeof(F) == sizeof(bf16) ? LOG2E : 1;
+template <typename F> __device__ static inline float loss_power(float x) {
+    if constexpr (sizeof(F) == sizeof(bf16)) return power_of_2(x);
+    else return expf(x);
+}
+
 // logits (rows, ld), V of a row used and ld a multiple of 16 bytes: row i becomes `scale` times its gradient, zero past V, or with gradient = 0 stays.
+// A row is looked at twice, for the sum and for the gradient, but its first `kept` numbers are read from memory once: they wait in shared memory.
 template <typename F>
-__global__ void cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient) {
-    constexpr int N = pack_size<F>;
-    F *p = logits + blockIdx.x * ld;
+__global__ void __launch_bounds__(LOSS_THREADS, 2) cross_entropy_kernel(F *logits, int64_t ld, float *loss, const int *targets, int64_t v, float scale, int gradient, int64_t kept) {
+    constexpr int N = pack_size<F>, STEP = LOSS_THREADS * N;
+    constexpr float UNIT = loss_unit<F>;
+    extern __shared__ uint4 loss_row[];
+    F *p = logits + blockIdx.x * ld, *copy = (F *)loss_row;
+    const int64_t first = threadIdx.x * N, whole = v / N * N, rest = whole + threadIdx.x;      // packs of nothing but logits, and this thread's logit behind them
+    for (int64_t j = first; j < kept; j += STEP) cp_async_16(copy + j, p + j, 16);             // a thread reads what it has copied itself
+    cp_async_commit();
     const int target = targets[blockIdx.x];
-    float mine = -INFINITY, sum = 0;        // of this thread's share
-    for (int64_t j = threadIdx.x * N; j < v; j += blockDim.x * N) {
-        const Pack<F, N> x = load<N>(p + j);
-        float higher = mine;
-        for (int i = 0; i < N; i++) higher = j + i < v ? fmaxf(higher, (float)x.of[i]) : higher;
-        sum *= mine == higher ? 1 : expf(mine - higher);
-        for (int i = 0; i < N; i++) sum += j + i < v ? expf((float)x.of[i] - higher) : 0;
+    const float at_target = (float)p[target];
+    float mine = rest < v ? (float)p[rest] : -1e38f, sum = rest < v ? 1 : 0;       // of this thread's share; at first below any logit, but a number: -∞ - -∞ is none
+    const auto add = [&](const Pack<F, N> &x) {
+        float higher = mine, more = 0;
+        for (int i = 0; i < N; i++) higher = fmaxf(higher, (float)x.of[i]);
+        for (int i = 0; i < N; i++) more += loss_power<F>((float)x.of[i] * UNIT - higher * UNIT);
+        sum = sum * loss_power<F>(mine * UNIT - higher * UNIT) + more;
         mine = higher;
-    }
+    };
+    int64_t j = first;
+    cp_async_wait<0>();
+    for (; j < kept; j += STEP) add(load<N>(copy + j));
+    for (; j < whole; j += STEP) add(load<N>(p + j));
     const float top = block_reduce(mine, 1);
-    sum = block_reduce(mine == -INFINITY ? 0 : sum * expf(mine - top), 0);
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - ((float)p[target] - top);
-    __syncthreads();
+    sum = block_reduce(sum * loss_power<F>(mine * UNIT - top * UNIT), 0);
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) - (at_target - top);
     if (!gradient) return;
-    for (int64_t j = threadIdx.x * N; j < ld; j += blockDim.x * N) {
-        Pack<F, N> x = load<N>(p + j);
-        for (int i = 0; i < N; i++) x.of[i] = (F)(j + i < v ? (expf((float)x.of[i] - top) / sum - (j + i == target ? 1.0f : 0.0f)) * scale : 0.0f);
-        store<N>(p + j, x);
-    }
+    const float factor = scale / sum;
+    const auto probability = [&](F x) { return loss_power<F>((float)x * UNIT - top * UNIT) * factor; };
+    const auto to_gradient = [&](Pack<F, N> x, int64_t at) {
+        for (int i = 0; i < N; i++) x.of[i] = (F)probability(x.of[i]);
+        store<N>(p + at, x);
+    };
+    for (j = first; j < kept; j += STEP) to_gradient(load<N>(copy + j), j);
+    for (; j < whole; j += STEP) to_gradient(load<N>(p + j), j);
+    for (j = rest; j < ld; j += LOSS_THREADS) p[j] = (F)(j < v ? probability(p[j]) : 0);
+    __syncthreads();
+    if (threadIdx.x == 0) p[target] = (F)(probability((F)at_target) - scale);
+}
+
+// loss (rows), and with `gradient` the logits' gradients in their place.
+template <typename F>
+static void gpu_cross_entropy(F *logits, int64_t ld, float *loss, const int *targets, int64_t rows, int64_t v, float scale, int gradient) {
+    const int64_t half = (int64_t)gpu.sharedMemPerBlockOptin / 2 - 1024;      // two blocks on a multiprocessor, each with 1 KB of CUDA's own
+    const int64_t kept = min64(v / pack_size<F>, half / 16) * pack_size<F>;
+    allow_shared(cross_entropy_kernel<F>, kept * (int64_t)sizeof(F), "the cross entropy", "a smaller --vocab");
+    cross_entropy_kernel<F><<<(unsigned)rows, LOSS_THREADS, (size_t)(kept * (int64_t)sizeof(F))>>>(logits, ld, loss, targets, v, scale, gradient, kept);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -4643,7 +4728,8 @@ struct GpuScratch {
     int64_t *count;                             // (E)
     MoeScratch<F> moe;
     Takers takers;
-    int *tokens, *targets, *places, *occurring, *start;     // (N), (N), and the lists of embed_backward_kernel
+    int *tokens, *targets, *places;             // (N)
+    RowList *lists;                             // of gpu_embed_backward
     double *norm_sums;
 };
 
@@ -4691,6 +4777,10 @@ static WideRow gpu_wide_row(const Config *c, int layer) {
 static int64_t logit_row(const Config *c) { return round_up(c->vocab_size, 64); }
 // Numbers behind the last weight, so that there is always something.
 static int64_t weights_slack(const Config *c) { return (logit_row(c) - c->vocab_size) * c->hidden_size; }
+// Lists of at most so many rows add up the embedding's gradient, and how many lists that takes (gpu_embed_backward), each kind's end included: a token that occurs
+// has one at least, and one more for its parts' sums if it is cut.
+enum { LIST_ROWS = WARP };
+static int64_t row_lists(int64_t n) { return n + 1 + n / LIST_ROWS + 1; }
 // Rows of logits made at a time: enough to fill the GPU, never (B·T,V).
 static int64_t gpu_logit_rows(const Config *c, int64_t n) { return min64(n, max64(128, ((int64_t)1 << 28) / logit_row(c) / 128 * 128)); }
 
@@ -4831,8 +4921,7 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     carve(m, &s->takers.start, B * KV * (s->takers.blocks + 1));
     carve(m, &s->takers.queries, nsa ? N * KV * c->sel_blocks : 0);
     carve(m, &s->places, N);
-    carve(m, &s->occurring, N);
-    carve(m, &s->start, N + 1);
+    carve(m, &s->lists, row_lists(N));
     carve(m, &s->norm_sums, count_params(c) / SUM_CHUNK + c->num_hidden_layers + 3);     // of every bucket by itself
 }
 
@@ -5333,8 +5422,7 @@ static void gpu_head_loss(Model *g, const int *targets, int64_t N, const StepInf
     for (int64_t i = 0; i < N; i += rows) {
         const int64_t n = min64(rows, N - i);
         gpu_linear_forward(s->logits, ld, s->norm + i * C, C, head, n, C, ld);
-        cross_entropy_kernel<<<(unsigned)n, THREADS>>>(s->logits, ld, s->loss + i, s->targets + i, V, scale, info != NULL);
-        LAUNCHED();
+        gpu_cross_entropy(s->logits, ld, s->loss + i, s->targets + i, n, V, scale, info != NULL);
         if (info) gpu_linear_backward(s->dnorm + i * C, C, g->grads + (g->head - g->weights), s->logits, ld, s->norm + i * C, C, head, n, C, ld, 0);
     }
     if (info) {
@@ -5513,27 +5601,34 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, small(g, w->norm1), N, C, s->parts);
 }
 
-// The places of each token that occurs, in the order of the text: made by the host, which has the tokens.
+// dembed (V,C) += the rows of dx (N,C) of each token, in the order of the text. The lists are made by the host, which has the tokens: of the places of each that occurs,
+// those of more than LIST_ROWS rows in parts, and behind them those of the parts' sums, which lie where dnorm was.
 template <typename F>
 static void gpu_embed_backward(Model *g, const int *tokens, int64_t N) {
     const int64_t V = g->config.vocab_size, C = g->config.hidden_size;
     GpuScratch<F> *s = &net<F>.work;
-    int *next = (int *)xcalloc((size_t)(V + 1), sizeof(int)), *places = (int *)xmalloc((size_t)(3 * N + 1) * sizeof(int)), *occurring = places + N, *start = occurring + N;
+    float *dembed = g->grads + (g->embed - g->weights), *sums = (float *)s->dnorm;
+    int *next = (int *)xcalloc((size_t)(V + 1), sizeof(int)), *places = (int *)xmalloc((size_t)N * sizeof(int));
+    RowList *lists = (RowList *)xmalloc((size_t)row_lists(N) * sizeof *lists), *long_ones = lists + N + 1;
+    int count = 0, long_count = 0, parts = 0;
     for (int64_t i = 0; i < N; i++) next[tokens[i] + 1]++;
-    int found = 0;
     for (int64_t v = 0; v < V; v++) {
-        if (next[v + 1]) occurring[found] = (int)v, start[found++] = next[v];
+        const int rows = next[v + 1];
+        if (rows > LIST_ROWS) long_ones[long_count++] = RowList{parts, (int)v};
+        for (int i = 0; i < rows; i += LIST_ROWS) lists[count++] = RowList{next[v] + i, rows > LIST_ROWS ? ~parts++ : (int)v};
         next[v + 1] += next[v];
     }
-    start[found] = (int)N;
+    lists[count] = RowList{(int)N, 0};
+    long_ones[long_count] = RowList{parts, 0};
+    memmove(lists + count + 1, long_ones, (size_t)(long_count + 1) * sizeof *lists);
     for (int64_t i = 0; i < N; i++) places[next[tokens[i]]++] = (int)i;
     to_device(s->places, places, N * (int64_t)sizeof(int));
-    to_device(s->occurring, occurring, found * (int64_t)sizeof(int));
-    to_device(s->start, start, (found + 1) * (int64_t)sizeof(int));
-    embed_backward_kernel<<<(unsigned)found, THREADS>>>(g->grads + (g->embed - g->weights), (const F *)s->dx, s->occurring, s->start, s->places, C);
-    LAUNCHED();
+    to_device(s->lists, lists, (count + long_count + 2) * (int64_t)sizeof *lists);
+    add_rows<F>(dembed, sums, s->dx, s->places, s->lists, count, C);
+    add_rows<float>(dembed, NULL, sums, NULL, s->lists + count + 1, long_count, C);
     free(next);
     free(places);
+    free(lists);
 }
 
 // What forward did not keep of a layer, from its input on.

@@ -267,6 +267,9 @@ static void test_cases(int bf16) {
     CASE("heads 64, values 128", { d.head_dim = 64; d.v_head_dim = 128; });
     CASE("heads 192, values 128", { d.head_dim = 192; d.v_head_dim = 128; });
     CASE("odd sizes", { d.hidden_size = 37; d.head_dim = 10; d.v_head_dim = 7; d.intermediate_size = 53; d.vocab_size = 131; });
+    CASE("few tokens", d.vocab_size = 5);                       // lists of the embedding's backward with and without parts
+    CASE("few tokens, odd rows", { d.vocab_size = 3; d.hidden_size = 37; d.head_dim = 10; });
+    CASE("large vocabulary", { d.vocab_size = 60001; x.T = 9; });       // a row of logits does not fit in shared memory
     CASE("group of 3", { d.num_attention_heads = 6; });
     CASE("group of 16", { d.num_attention_heads = 16; d.num_key_value_heads = 1; });
     CASE("below a block", x.T = 7);
@@ -511,6 +514,31 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
     free(name);
 }
 
+// ----------------------------------------------------------------------------
+// RMSNorm's backward by itself: rows of widths that a whole model would take long for, and more rows than the blocks take at a time
+
+template <typename F>
+static void test_norm(int64_t n, int64_t c) {
+    const double limit = sizeof(F) == 4 ? 1e-5 : 1e-2;
+    char *name = format("rmsnorm, %s, %d rows of %d", sizeof(F) == 4 ? "f32" : "bf16", (int)n, (int)c);
+    if (only && !strstr(name, only)) return free(name);
+    F *of_rows = random_numbers<F>(3 * n * c);
+    float *others = random_numbers<float>(n + 2 * c), *parts = (float *)device_malloc(NORM_BLOCKS * c * 4);
+    std::vector<float> rows((size_t)(3 * n * c)), small((size_t)(n + 2 * c)), dx((size_t)(n * c)), dweight((size_t)c);
+    fetch_rows(rows.data(), of_rows, 1, 3 * n * c, 3 * n * c);
+    to_host(small.data(), others, (n + 2 * c) * 4);
+    gpu_rmsnorm_backward<F>(of_rows, others + n + c, of_rows + n * c, of_rows + 2 * n * c, others, others + n, n, c, parts);
+    fetch_rows(dx.data(), of_rows, 1, n * c, n * c);
+    to_host(dweight.data(), others + n + c, c * 4);
+    rmsnorm_backward(rows.data(), small.data() + n + c, rows.data() + n * c, rows.data() + 2 * n * c, small.data(), small.data() + n, n, c);
+    const double e = error_of(dx.data(), rows.data(), n * c, 0), weight = error_of(dweight.data(), small.data() + n + c, c, 0);
+    check(e < limit && weight < limit, "%s: error %.2e, of the weight's gradient %.2e", name, e, weight);
+    printf("%-46s errors %.1e %.1e\n", name, e, weight);
+    void *all[] = {of_rows, others, parts};
+    for (void *p : all) CUDA(cudaFree(p));
+    free(name);
+}
+
 int main(int argc, char **argv) {
     Config c = tiny();
     only = argc > 1 ? argv[1] : NULL;
@@ -522,6 +550,11 @@ int main(int argc, char **argv) {
     test_pieces<bf16>("mma.sync", 192, 128, 4, 2, 64, 3);
     test_pieces<bf16>("Hopper", 64, 64, 4, 1, 64, 3);
     test_pieces<bf16>("Hopper", 128, 128, 5, 1, 48, 3);
+    const int64_t widths[] = {8, 37, 40, 768, 1030, 2056, 4104};
+    for (int64_t c : widths) {
+        test_norm<float>(c < 100 ? 603 : 11, c);
+        test_norm<bf16>(c < 100 ? 603 : 11, c);
+    }
     test_cases(0);
     test_cases(1);
     for_each_fixture(test_fixture);
