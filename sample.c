@@ -452,7 +452,8 @@ static DecodeShape decode_shape(const Decoder *d, int layer) {
 #ifdef CUDA_ON_CPU
 static inline void let_next_come(void) {}
 static inline void wait_for_previous(void) {}
-static inline void team_barrier(void) { emu_cluster_barrier(); }
+static inline void team_arrive(void) {}
+static inline void team_wait(void) { emu_cluster_barrier(); }
 template <typename X> static inline X *of_member(X *x, int member) { return (X *)emu_of_block(x, member); }
 static inline void prefetch(const void *) {}
 static inline void cp_async_16_once(void *to, const void *from, int filled) { cp_async_16(to, from, filled); }
@@ -468,10 +469,15 @@ __device__ static inline void wait_for_previous(void) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// As __syncthreads for all blocks of a team: what a thread wrote before, to global memory too, the others see behind it.
-__device__ static inline void team_barrier(void) {
+// As __syncthreads for all blocks of a team, in two parts: what a thread wrote before it arrives, to global memory too, the others see behind the wait.
+__device__ static inline void team_arrive(void) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ static inline void team_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
     __syncthreads();
 #endif
@@ -494,6 +500,24 @@ __device__ static inline void cp_async_16_once(void *to, const void *from, int f
     asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n\t"
                  "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;}" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
 }
+#endif
+
+__device__ static inline void team_barrier(void) {
+    team_arrive();
+    team_wait();
+}
+
+// Compiled with -DPHASES, dev/cuda/decode bench prints when the first block of threads came to the points of fast_sparse_kernel.
+enum { BEGUN, ASKED, ALONE, QUERIES, ATTENDED, TOLD, MET, WEIGHED, MET_AGAIN, CHOSEN, ATTENDED_CHOSEN, TOLD_AGAIN, MET_LAST, MERGED, PHASES_IN_ALL };
+#ifdef PHASES
+static const char *phase_names[] = {"begun", "keys asked for", "previous kernel waited for", "queries read", "compressed and window attended", "sums written", "team waited for", "blocks weighed",
+                                    "team waited for", "blocks chosen", "chosen blocks attended", "sums written", "team waited for", "merged"};
+__device__ long long phase_clock[PHASES_IN_ALL];
+__device__ static inline void phase(int which) {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) phase_clock[which] = clock64();
+}
+#else
+DEVICE static inline void phase(int) {}
 #endif
 
 // Teams are of so many neighbours along y.
@@ -1236,10 +1260,9 @@ __device__ static inline void put_sums(BlockSums *sums, float *outs, const WarpS
     __syncthreads();
 }
 
-// The sums of the first `bound` warps become the block's share of a branch, those of the others that of `second`. No keys make a share, too: one
-// that weighs nothing.
-template <int D, int DV>
-__device__ static inline void write_shares(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, BlockSums *sums, const float *outs) {
+// The block's share of a branch, out of the sums of the first `bound` warps, and that of the branch `second`, out of the others'. No keys make a share,
+// too: one that weighs nothing. First the tops and sums, and what each warp's outs weigh.
+__device__ static inline void write_tops(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, BlockSums *sums) {
     const int w = threadIdx.x % DECODE_WARPS, row = threadIdx.x / DECODE_WARPS % MMA_ROWS, part = threadIdx.x / (DECODE_WARPS * MMA_ROWS), mine = (w >= bound) == part;
     float highest = mine ? sums->top[w][row] : NO_TOP;
     for (int step = 1; step < DECODE_WARPS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
@@ -1252,6 +1275,10 @@ __device__ static inline void write_shares(const AttendCall *a, int branch, int 
         a->parts.top[at] = highest * (1 / LOG2E), a->parts.sum[at] = total;
     }
     __syncthreads();
+}
+
+template <int D, int DV>
+__device__ static inline void write_outs(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, const BlockSums *sums, const float *outs) {
     #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (DV / 4) * (bound < DECODE_WARPS ? 2 : 1); i += DECODE_THREADS) {
         const int both = i / (DV / 4), part = both >= heads, head = both - part * heads, c = i % (DV / 4) * 4;
@@ -1290,7 +1317,9 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_k
     read_queries<D>(qs, queries, &a, list, g0, heads);
     attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
     put_sums<D, DV>(&sums, (float *)fast_shared, &y);
-    write_shares<D, DV>(&a, 0, 0, DECODE_WARPS, (int64_t)list * G + g0, heads, blockIdx.y, &sums, (const float *)fast_shared);
+    const int64_t head0 = (int64_t)list * G + g0;
+    write_tops(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums);
+    write_outs<D, DV>(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums, (const float *)fast_shared);
 }
 
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
@@ -1337,20 +1366,22 @@ __device__ static inline void weigh_blocks(float *importance, float *memory, con
         const Stretch x = touching(j0, j1, visible, sel);
         const int from = x.from / FOUR * FOUR;
         #pragma unroll 1
-        for (int i = from + threadIdx.x * FOUR; i < x.to; i += DECODE_THREADS * FOUR) {
-            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four
+        for (int i0 = from; i0 < x.to; i0 += DECODE_THREADS / 2 * FOUR) {
+            const int i = min32(i0 + threadIdx.x / 2 * FOUR, (x.to - 1) / FOUR * FOUR);     // those behind do the last ones again
+            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four, of which a thread has every other head
             #pragma unroll 1
-            for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
-                float4 score[MMA_ROWS];
+            for (int g0 = threadIdx.x % 2; g0 < in_fours(G); g0 += MMA_ROWS) {
+                float4 score[MMA_ROWS / 2];
                 #pragma unroll
-                for (int g = 0; g < MMA_ROWS; g++) score[g] = *(const float4 *)(scores + (int64_t)min32(g0 + g, G - 1) * row + i);
+                for (int n = 0; n < MMA_ROWS / 2; n++) score[n] = *(const float4 *)(scores + (int64_t)min32(g0 + 2 * n, G - 1) * row + i);
                 #pragma unroll
-                for (int g = 0; g < MMA_ROWS; g++) {
-                    const float less = g0 + g < G ? lse[g0 + g] : INFINITY;
-                    sum = make_float4(sum.x + power_of_2(score[g].x - less), sum.y + power_of_2(score[g].y - less), sum.z + power_of_2(score[g].z - less), sum.w + power_of_2(score[g].w - less));
+                for (int n = 0; n < MMA_ROWS / 2; n++) {
+                    const float less = g0 + 2 * n < G ? lse[g0 + 2 * n] : INFINITY;
+                    sum = make_float4(sum.x + power_of_2(score[n].x - less), sum.y + power_of_2(score[n].y - less), sum.z + power_of_2(score[n].z - less), sum.w + power_of_2(score[n].w - less));
                 }
             }
-            *(float4 *)(near + i - from) = sum;
+            *(float4 *)(near + i - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
+                                                       sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
         }
         __syncthreads();
         #pragma unroll 1
@@ -1417,10 +1448,11 @@ __device__ static inline int window_warps(int cmp, int win) {
 
 // A member's slice of out (G,Dv) of a list = Σ_branch gate · attention, from all shares. memory: shared memory. A thread takes four neighbouring
 // channels of every so-manieth share.
+template <int DV>
 __device__ static inline void merge_slice(const AttendCall *a, int list, int member, int team, float4 *memory) {
     const DecodeShape *s = &a->s;
-    const int numbers = s->G * s->Dv, each = in_fours((numbers + team - 1) / team), begin = member * each, end = min32(begin + each, numbers);
-    const int head0 = begin / s->Dv, rows = begin < end ? ((end - 1) / s->Dv - head0 + 1) * BRANCHES : 0;
+    const int numbers = s->G * DV, each = in_fours((numbers + team - 1) / team), begin = member * each, end = min32(begin + each, numbers);
+    const int head0 = begin / DV, rows = begin < end ? ((end - 1) / DV - head0 + 1) * BRANCHES : 0;
     float *factor = (float *)(memory + DECODE_THREADS);       // (heads of the slice,BRANCHES,MOST_TEAM)
     #pragma unroll 1
     for (int r0 = 0; r0 < rows; r0 += DECODE_THREADS / MOST_TEAM) {
@@ -1435,15 +1467,15 @@ __device__ static inline void merge_slice(const AttendCall *a, int list, int mem
     const int columns = (end - begin) / FOUR, across = max32(1, min32(columns, DECODE_THREADS)), groups = DECODE_THREADS / across, group = threadIdx.x / across;
     #pragma unroll 1
     for (int c0 = 0; c0 < columns; c0 += across) {
-        const int at = begin + (c0 + threadIdx.x % across) * FOUR, g = at / s->Dv, c = at % s->Dv;
+        const int at = begin + (c0 + threadIdx.x % across) * FOUR, g = at / DV, c = at % DV;
         float4 y = make_float4(0, 0, 0, 0);
         if (at < end && group < groups) {
             #pragma unroll
             for (int branch = 0; branch < BRANCHES; branch++) {
-                const float *from = a->parts.out + parts_of(s, branch, (int64_t)list * s->G + g) * s->Dv + c, *factors = factor + ((g - head0) * BRANCHES + branch) * MOST_TEAM;
+                const float *from = a->parts.out + parts_of(s, branch, (int64_t)list * s->G + g) * DV + c, *factors = factor + ((g - head0) * BRANCHES + branch) * MOST_TEAM;
                 #pragma unroll 2
                 for (int n = group; n < team; n += groups) {
-                    const float4 z = *(const float4 *)(from + n * s->Dv);
+                    const float4 z = *(const float4 *)(from + n * DV);
                     y = make_float4(y.x + factors[n] * z.x, y.y + factors[n] * z.y, y.z + factors[n] * z.z, y.w + factors[n] * z.w);
                 }
             }
@@ -1482,36 +1514,54 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
     WarpSums<DV> y;
     WarpKeys keys = in_window ? warp_keys<D, DV>(&a, WIN, list, window, position % (int)a.cache.branch[WIN].slots, (warp - first_window) * team + member, (DECODE_WARPS - first_window) * team, NULL)
                               : warp_keys<D, DV>(&a, CMP, list, visible, visible - 1, warp * team + member, first_window * team, NULL);
+    phase(BEGUN);
     fetch_first<D, DV>(ring, &keys);
+    phase(ASKED);
     wait_for_previous();
+    phase(ALONE);
 
     // First the compressed branch and the window, then the selection branch
     #pragma unroll 1
     for (int second = 0; second < 2; second++) {
+        const int choice = blocks > s->select.n;
         if (second) {
-            if (blocks <= s->select.n) {        // no choice to make
+            if (choice) {
+                team_wait();
+                __syncthreads();        // nobody in this block reads sums any more
+                phase(MET);
+                weigh_blocks(importance, (float *)fast_shared, &a, scores, row, list, visible, blocks, member, team);
+                phase(WEIGHED);
+                team_barrier();
+                phase(MET_AGAIN);
+                choose_quickly(chosen, (uint64_t *)fast_shared, importance, blocks, &s->select);
+            } else {
                 for (int j = threadIdx.x; j < blocks; j += DECODE_THREADS) chosen[j] = j;
                 __syncthreads();
-            } else {
-                team_barrier();
-                weigh_blocks(importance, (float *)fast_shared, &a, scores, row, list, visible, blocks, member, team);
-                team_barrier();
-                choose_quickly(chosen, (uint64_t *)fast_shared, importance, blocks, &s->select);
             }
+            phase(CHOSEN);
             keys = warp_keys<D, DV>(&a, SLC, list, selected, -1, warp * team + member, DECODE_WARPS * team, chosen);
         }
+        const int branch = second ? SLC : CMP, bound = second ? (int)DECODE_WARPS : first_window;
         #pragma unroll 1
         for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
             const int heads = min32(MMA_ROWS, G - g0);
+            const int64_t head0 = (int64_t)list * G + g0;
             if (!second || G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
+            if (!second) phase(QUERIES);
             attend_keys<D, DV>(&y, ring, &keys, qs, second || in_window ? NULL : scores + (int64_t)g0 * row, row, heads);
+            phase(second ? ATTENDED_CHOSEN : ATTENDED);
             keys.asked = 0;         // other heads meet the same keys once more
             put_sums<D, DV>(&sums, outs, &y);
-            write_shares<D, DV>(&a, second ? SLC : CMP, WIN, second ? (int)DECODE_WARPS : first_window, (int64_t)list * G + g0, heads, member, &sums, outs);
+            write_tops(&a, branch, WIN, bound, head0, heads, member, &sums);
+            if (!second && choice && g0 + MMA_ROWS >= G) team_arrive();         // what the choice needs is there
+            write_outs<D, DV>(&a, branch, WIN, bound, head0, heads, member, &sums, outs);
+            phase(second ? TOLD_AGAIN : TOLD);
         }
     }
     team_barrier();
-    merge_slice(&a, list, member, team, (float4 *)fast_shared);
+    phase(MET_LAST);
+    merge_slice<DV>(&a, list, member, team, (float4 *)fast_shared);
+    phase(MERGED);
 }
 
 // The linear maps of compression: x (members,K) · weight (outputs,K)ᵀ of a set; LAST: into the cache, else into `hidden`. A block of threads has
