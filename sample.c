@@ -452,7 +452,9 @@ static DecodeShape decode_shape(const Decoder *d, int layer) {
 #ifdef CUDA_ON_CPU
 static inline void let_next_come(void) {}
 static inline void wait_for_previous(void) {}
-static inline void team_barrier(void) { emu_cluster_barrier(); }
+static inline void team_arrive(void) {}
+static inline void team_wait(void) { emu_cluster_barrier(); }
+template <typename X> static inline X *of_member(X *x, int member) { return (X *)emu_of_block(x, member); }
 static inline void prefetch(const void *) {}
 static inline void cp_async_16_once(void *to, const void *from, int filled) { cp_async_16(to, from, filled); }
 #else
@@ -467,12 +469,28 @@ __device__ static inline void wait_for_previous(void) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// As __syncthreads for all blocks of a team: what a thread wrote before, to global memory too, the others see behind it.
-__device__ static inline void team_barrier(void) {
+// As __syncthreads for all blocks of a team, in two parts: what a thread wrote before it arrives, to global memory too, the others see behind the wait.
+__device__ static inline void team_arrive(void) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ static inline void team_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
     __syncthreads();
+#endif
+}
+// Where x, in shared memory, lies in that of another member, who must be there: a barrier has been passed, and one comes before anybody ends.
+template <typename X>
+__device__ static inline X *of_member(X *x, int member) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(x), "r"(member));
+    return (X *)theirs;
+#else
+    return x;
 #endif
 }
 // Into the L2 cache: for weights, which nobody writes, before the wait.
@@ -482,6 +500,24 @@ __device__ static inline void cp_async_16_once(void *to, const void *from, int f
     asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n\t"
                  "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;}" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
 }
+#endif
+
+__device__ static inline void team_barrier(void) {
+    team_arrive();
+    team_wait();
+}
+
+// Compiled with -DPHASES, dev/cuda/decode bench prints when the first block of threads came to the points of fast_sparse_kernel.
+enum { BEGUN, ASKED, ALONE, QUERIES, ATTENDED, TOLD, MET, WEIGHED, MET_AGAIN, CHOSEN, ATTENDED_CHOSEN, TOLD_AGAIN, MET_LAST, MERGED, PHASES_IN_ALL };
+#ifdef PHASES
+static const char *phase_names[] = {"begun", "keys asked for", "previous kernel waited for", "queries read", "compressed and window attended", "sums written", "team waited for", "blocks weighed",
+                                    "team waited for", "blocks chosen", "chosen blocks attended", "sums written", "team waited for", "merged"};
+__device__ long long phase_clock[PHASES_IN_ALL];
+__device__ static inline void phase(int which) {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) phase_clock[which] = clock64();
+}
+#else
+DEVICE static inline void phase(int) {}
 #endif
 
 // Teams are of so many neighbours along y.
@@ -1059,29 +1095,29 @@ enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOI
 template <int D, int DV>
 struct KeyRing {
     static constexpr int STAGES = D == 192 ? 2 : 3, STAGE = TILE_KEYS * (D + DV), NUMBERS = STAGES * STAGE, OUT_ROW = DV + 8;
-    static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16);
-    static_assert(DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float) <= BYTES, "the sums take the rings' place");
+    static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16), OUTS = DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float);
+    static_assert(OUTS <= BYTES, "the sums take the rings' place");
 };
 
 static int64_t ring_bytes(int D) { return D == 64 ? KeyRing<64, 64>::BYTES : D == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
+static int64_t outs_bytes(int D) { return D == 64 ? KeyRing<64, 64>::OUTS : D == 128 ? KeyRing<128, 128>::OUTS : KeyRing<192, 128>::OUTS; }
 static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
 
-// What choose_quickly has in the rings' place: its list of candidates, the importance of all blocks, and weights of the compressed blocks that
-// touch so many selection blocks.
+// The choice has the importance of all blocks behind the warps' sums, and in the place of these first the log-sum-exp of each head and weights of the
+// compressed blocks that touch so many selection blocks, then choose_quickly's list of candidates.
 DEVICE static inline int choice_listed(int n, int64_t blocks) { return n * (int)(blocks / CHOICE_GROUPS + 1); }
 DEVICE static inline int choice_blocks(const SelectShape *sel) { return max32(1, CHOICE_WEIGHTS / (sel->sel_block / sel->cmp_stride)); }
-static int64_t choice_bytes(const SelectShape *sel, int64_t blocks) {
-    const int64_t weights = choice_blocks(sel) * (int64_t)(sel->sel_block / sel->cmp_stride) + sel->cmp_block / sel->cmp_stride;
-    return choice_listed(sel->n, blocks) * (int64_t)sizeof(uint64_t) + (blocks + weights) * (int64_t)sizeof(float);
-}
+DEVICE static inline int in_fours(int n) { return (n + FOUR - 1) / FOUR * FOUR; }
 
 // Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, is not so
 // long that what is needed for its choice does not fit where the rings stand, nor what the sum of the branches needs for each head.
 static int fast_decode(const Config *c, int64_t capacity) {
     if (!fast_model(c) || !has_nsa(c)) return fast_model(c);
     const SelectShape sel = select_shape(c);
-    const int64_t factors = (int64_t)(c->num_attention_heads / c->num_key_value_heads) * BRANCHES * MOST_TEAM * (int64_t)sizeof(float), room = ring_bytes(c->head_dim);
-    return sel.n <= CHOICE_GROUPS && choice_bytes(&sel, most_selection_blocks(c, capacity)) <= room && factors <= room;
+    const int64_t G = c->num_attention_heads / c->num_key_value_heads, blocks = most_selection_blocks(c, capacity), outs = outs_bytes(c->head_dim), room = ring_bytes(c->head_dim);
+    const int64_t weights = choice_blocks(&sel) * (int64_t)(sel.sel_block / sel.cmp_stride) + sel.cmp_block / sel.cmp_stride + 2 * FOUR;
+    return sel.n <= CHOICE_GROUPS && outs + blocks * (int64_t)sizeof(float) <= room && choice_listed(sel.n, blocks) * (int64_t)sizeof(uint64_t) <= outs &&
+           (in_fours((int)G) + weights) * (int64_t)sizeof(float) <= outs && (G * BRANCHES * MOST_TEAM + DECODE_THREADS * FOUR) * (int64_t)sizeof(float) <= room;
 }
 
 // The keys of a list that a warp goes through in tiles: `first`, first + step, ..., those before `end`.
@@ -1089,17 +1125,17 @@ typedef struct WarpKeys {
     const bf16 *k, *v;
     int first, step, end;
     int fresh;              // the key that this token has brought, or -1: none
+    int asked;              // so many of the first tiles are on their way, but for the one with the fresh key
     const int *idx;         // or NULL: the blocks of `block` slots in which the keys lie
     int block;
 } WarpKeys;
 
-// Those of the member-th of `members` warps that have the tiles dealt out among them.
+// Those, of `keys`, of the member-th of `members` warps that have the tiles dealt out among them.
 template <int D, int DV>
-__device__ static inline WarpKeys warp_keys(const AttendCall *a, int kind, int64_t list, int member, int members, const int *idx) {
-    const KeyCache *cache = &a->cache.branch[branch_of(kind)];
-    const int keys = a->input->of[kind].keys, fresh = kind == SLC ? -1 : kind == WIN ? (int)(a->input->position % cache->slots) : keys - 1;
+__device__ static inline WarpKeys warp_keys(const AttendCall *a, int branch, int64_t list, int keys, int fresh, int member, int members, const int *idx) {
+    const KeyCache *cache = &a->cache.branch[branch];
     const WarpKeys x = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
-                        member * TILE_KEYS, members * TILE_KEYS, keys, fresh, idx, a->s.select.sel_block};
+                        member * TILE_KEYS, members * TILE_KEYS, keys, fresh, 0, idx, a->s.select.sel_block};
     return x;
 }
 
@@ -1120,29 +1156,17 @@ __device__ static inline void fetch_keys(bf16 *tile, const WarpKeys *x, int k0) 
     }
 }
 
-// The first tiles of a ring, but for the one with this token's key: that may be done before others have written it.
+// A ring full of tiles, but for the one with this token's key: that may be done before others have written it.
 __device__ static inline int is_fresh(const WarpKeys *x, int k0) { return k0 <= x->fresh && x->fresh < k0 + TILE_KEYS; }
 template <int D, int DV>
-__device__ static inline void fetch_first(bf16 *ring, const WarpKeys *x) {
+__device__ static inline void fetch_first(bf16 *ring, WarpKeys *x) {
     typedef KeyRing<D, DV> R;
-    for (int i = 0; i < R::STAGES - 1; i++) {
-        const int k0 = x->first + i * x->step;
-        if (k0 < x->end && !is_fresh(x, k0)) fetch_keys<D, DV>(ring + i * R::STAGE, x, k0);
-        cp_async_commit();
+    #pragma unroll 1        // as most loops here: code that runs once comes from memory, too
+    for (; x->asked < R::STAGES; x->asked++) {
+        const int k0 = x->first + x->asked * x->step;
+        if (k0 < x->end && !is_fresh(x, k0)) fetch_keys<D, DV>(ring + x->asked * R::STAGE, x, k0);
     }
-}
-// That one behind the wait. 1: it is on its way, last of all, and must be waited for before the ring goes round.
-template <int D, int DV>
-__device__ static inline int fetch_fresh(bf16 *ring, const WarpKeys *x) {
-    typedef KeyRing<D, DV> R;
-    for (int i = 0; i < R::STAGES - 1; i++) {
-        const int k0 = x->first + i * x->step;
-        if (k0 >= x->end || !is_fresh(x, k0)) continue;
-        fetch_keys<D, DV>(ring + i * R::STAGE, x, k0);
-        cp_async_commit();
-        return 1;
-    }
-    return 0;
+    cp_async_commit();
 }
 
 // q (heads,D), of heads g0 and on of a list, as the left factor of all warps, by way of shared memory (MMA_ROWS,D).
@@ -1161,21 +1185,27 @@ __device__ static inline void read_queries(unsigned (*qs)[4], uint4 *memory, con
 // A warp's sums, of rows lane / 4 and 8 more; top in units of log2.
 template <int DV> struct WarpSums { float o[DV / 8][4], top[2], sum[2]; };
 
-// A warp goes through its keys, of which fetch_first has asked for the first ones. scores: or NULL, (heads,row).
+// Less than any score, and unlike -INFINITY a number that can be subtracted from itself: the top of no keys.
+#define NO_TOP -1e30f
+
+// A warp goes through its keys: a tile is asked for STAGES - 1 turns before its own. scores: or NULL, (heads,row), in units of log2.
 template <int D, int DV>
 __device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const WarpKeys *x, const unsigned (*qs)[4], float *scores, int row, int heads) {
     typedef KeyRing<D, DV> R;
     const int low = lane() / 4, pair = lane() % 4 * 2;
-    const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E;
+    const float scale2 = 1 / sqrtf((float)D) * LOG2E;
     #pragma unroll
     for (int c = 0; c < DV / 8; c++)
         for (int e = 0; e < 4; e++) y->o[c][e] = 0;
-    for (int i = 0; i < 2; i++) y->top[i] = -INFINITY, y->sum[i] = 0;
-    for (int k0 = x->first, stage = 0; k0 < x->end; k0 += x->step, stage = (stage + 1) % R::STAGES) {
-        const int ahead = k0 + (R::STAGES - 1) * x->step;
-        bf16 *tile = ring + stage * R::STAGE;
-        if (ahead < x->end) fetch_keys<D, DV>(ring + (stage + R::STAGES - 1) % R::STAGES * R::STAGE, x, ahead);
+    for (int i = 0; i < 2; i++) y->top[i] = NO_TOP, y->sum[i] = 0;
+    #pragma unroll 1
+    for (int turn = 0, stage = 0;; turn++, stage = (stage + 1) % R::STAGES) {
+        const int ahead = x->first + turn * x->step, k0 = ahead - (R::STAGES - 1) * x->step;
+        if (k0 >= x->end) break;
+        if (ahead < x->end && (turn >= x->asked || is_fresh(x, ahead))) fetch_keys<D, DV>(ring + stage * R::STAGE, x, ahead);
         cp_async_commit();
+        if (turn < R::STAGES - 1) continue;
+        bf16 *tile = ring + (stage + 1) % R::STAGES * R::STAGE;
         cp_async_wait<R::STAGES - 1>();
         __syncwarp();
         float p[TILE_KEYS / 8][4] = {{0}};
@@ -1185,7 +1215,7 @@ __device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const War
             #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
-                if (scores && e % 2 == 0 && key < x->end && head < heads) *(float2 *)(scores + (int64_t)head * row + key) = make_float2(p[i][e] * scale, p[i][e + 1] * scale);
+                if (scores && e % 2 == 0 && key < x->end && head < heads) *(float2 *)(scores + (int64_t)head * row + key) = make_float2(p[i][e] * scale2, p[i][e + 1] * scale2);
                 p[i][e] = key < x->end ? p[i][e] * scale2 : -INFINITY;
             }
         #pragma unroll
@@ -1212,8 +1242,8 @@ __device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const War
     }
 }
 
-// What the warps of a block have summed up, their outs aside.
-typedef struct BlockSums { float top[DECODE_WARPS][MMA_ROWS], sum[DECODE_WARPS][MMA_ROWS]; } BlockSums;
+// What the warps of a block have summed up, their outs aside, and what these weigh in their branch's sum.
+typedef struct BlockSums { float top[DECODE_WARPS][MMA_ROWS], sum[DECODE_WARPS][MMA_ROWS], weight[DECODE_WARPS][MMA_ROWS]; } BlockSums;
 
 // All warps' sums into shared memory, outs where the rings stood.
 template <int D, int DV>
@@ -1230,25 +1260,37 @@ __device__ static inline void put_sums(BlockSums *sums, float *outs, const WarpS
     __syncthreads();
 }
 
-// The sums of warps w0 .. w1-1, of which one had keys, become the block's share of a branch; a warp that had no tile weighs nothing.
+// The block's share of a branch, out of the sums of the first `bound` warps, and that of the branch `second`, out of the others'. No keys make a share,
+// too: one that weighs nothing. First the tops and sums, and what each warp's outs weigh.
+__device__ static inline void write_tops(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, BlockSums *sums) {
+    const int w = threadIdx.x % DECODE_WARPS, row = threadIdx.x / DECODE_WARPS % MMA_ROWS, part = threadIdx.x / (DECODE_WARPS * MMA_ROWS), mine = (w >= bound) == part;
+    float highest = mine ? sums->top[w][row] : NO_TOP;
+    for (int step = 1; step < DECODE_WARPS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+    const float weight = mine ? power_of_2(sums->top[w][row] - highest) : 0;
+    float total = weight * sums->sum[w][row];
+    for (int step = 1; step < DECODE_WARPS; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    if (mine) sums->weight[w][row] = weight;
+    if (w == 0 && row < heads && (part == 0 || bound < DECODE_WARPS)) {
+        const int64_t at = parts_of(&a->s, part ? second : branch, head0 + row) + share;
+        a->parts.top[at] = highest * (1 / LOG2E), a->parts.sum[at] = total;
+    }
+    __syncthreads();
+}
+
 template <int D, int DV>
-__device__ static inline void write_share(const AttendCall *a, int branch, int64_t head0, int heads, int share, const BlockSums *sums, const float *outs, int w0, int w1) {
-    for (int i = threadIdx.x; i < heads * (DV / 4); i += DECODE_THREADS) {
-        const int head = i / (DV / 4), c = i % (DV / 4) * 4;
-        const int64_t part = parts_of(&a->s, branch, head0 + head) + share;
-        float highest = -INFINITY, total = 0;
-        for (int w = w0; w < w1; w++) highest = fmaxf(highest, sums->top[w][head]);
+__device__ static inline void write_outs(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, const BlockSums *sums, const float *outs) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < heads * (DV / 4) * (bound < DECODE_WARPS ? 2 : 1); i += DECODE_THREADS) {
+        const int both = i / (DV / 4), part = both >= heads, head = both - part * heads, c = i % (DV / 4) * 4;
         float4 y = make_float4(0, 0, 0, 0);
         #pragma unroll
         for (int w = 0; w < DECODE_WARPS; w++) {
-            if (w < w0 || w >= w1) continue;
-            const float factor = power_of_2(sums->top[w][head] - highest);
+            if ((w >= bound) != part) continue;
+            const float weight = sums->weight[w][head];
             const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + head) * KeyRing<D, DV>::OUT_ROW + c);
-            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
-            total += factor * sums->sum[w][head];
+            y = make_float4(y.x + weight * z.x, y.y + weight * z.y, y.z + weight * z.z, y.w + weight * z.w);
         }
-        *(float4 *)(a->parts.out + part * DV + c) = y;
-        if (c == 0) a->parts.top[part] = highest * (1 / LOG2E), a->parts.sum[part] = total;
+        *(float4 *)(a->parts.out + (parts_of(&a->s, part ? second : branch, head0 + head) + share) * DV + c) = y;
     }
 }
 
@@ -1262,21 +1304,22 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_k
     const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
     const Stretch stretch = stretch_of(&a.input->of[CACHE_FULL], blockIdx.y);
     bf16 *ring = (bf16 *)fast_shared + threadIdx.x / WARP * KeyRing<D, DV>::NUMBERS;
-    WarpKeys keys = warp_keys<D, DV>(&a, CACHE_FULL, list, threadIdx.x / WARP, DECODE_WARPS, NULL);
+    const int all = a.input->of[CACHE_FULL].keys;
+    WarpKeys keys = warp_keys<D, DV>(&a, 0, list, all, all - 1, threadIdx.x / WARP, DECODE_WARPS, NULL);
     keys.first += stretch.from;
     keys.end = stretch.to;
     let_next_come();
     fetch_first<D, DV>(ring, &keys);
     wait_for_previous();
     if (stretch.from >= stretch.to) return;
-    const int late = fetch_fresh<D, DV>(ring, &keys);
     unsigned qs[D / 16][4];
     WarpSums<DV> y;
     read_queries<D>(qs, queries, &a, list, g0, heads);
-    if (late) cp_async_wait<0>();
     attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
     put_sums<D, DV>(&sums, (float *)fast_shared, &y);
-    write_share<D, DV>(&a, 0, (int64_t)list * G + g0, heads, blockIdx.y, &sums, (const float *)fast_shared, 0, DECODE_WARPS);
+    const int64_t head0 = (int64_t)list * G + g0;
+    write_tops(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums);
+    write_outs<D, DV>(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums, (const float *)fast_shared);
 }
 
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
@@ -1290,30 +1333,77 @@ __device__ static inline Stretch touching(int j0, int j1, int visible, const Sel
 __device__ static inline uint64_t candidate(int j, float importance) { return (uint64_t)__float_as_uint(importance) << 32 | (uint32_t)~j; }
 __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_t)x; }
 
-// idx (n): the blocks that this token reads of `blocks`, those at the end of the text last, from the weights of the compressed blocks. DECODE_THREADS
-// threads; idx and memory are shared memory. The candidates are dealt out to groups of threads. At most `places` groups have a best one as high
-// as the places-th of the groups' bests, and nobody else has a candidate to take: these few are ranked against each other.
-__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *weights, int visible, int blocks, const SelectShape *sel) {
+// What a share of a head weighs, exp(top - highest top); the highest top, and Σ weight · sum. MOST_TEAM threads side by side have a head's shares.
+__device__ static inline float weigh_share(float *highest, float *total, const Shares *parts, int64_t first, int count) {
+    const int n = threadIdx.x % MOST_TEAM;
+    const float top = n < count ? parts->top[first + n] : NO_TOP, sum = n < count ? parts->sum[first + n] : 0;
+    *highest = top;
+    for (int step = 1; step < MOST_TEAM; step *= 2) *highest = fmaxf(*highest, __shfl_xor_sync(~0u, *highest, step));
+    const float weight = expf(top - *highest);
+    *total = weight * sum;
+    for (int step = 1; step < MOST_TEAM; step *= 2) *total += __shfl_xor_sync(~0u, *total, step);
+    return weight;
+}
+
+// A member of a team finds the importance of its share of the blocks that there are to choose of, from all members' scores, and lets all know it:
+// importance (blocks) and memory are shared memory.
+__device__ static inline void weigh_blocks(float *importance, float *memory, const AttendCall *a, const float *scores, int row, int list, int visible, int blocks, int member, int team) {
+    const SelectShape *sel = &a->s.select;
+    const int G = a->s.G, last = blocks - sel->n_local, each = (last - sel->n_init + team - 1) / team, most = choice_blocks(sel);
+    const int first = sel->n_init + member * each, end = min32(first + each, last);
+    float *lse = memory, *near = memory + in_fours(G);
+    #pragma unroll 1
+    for (int g0 = 0; g0 < G; g0 += DECODE_THREADS / MOST_TEAM) {
+        const int g = g0 + threadIdx.x / MOST_TEAM;
+        float highest, total;
+        weigh_share(&highest, &total, &a->parts, parts_of(&a->s, CMP, (int64_t)list * G + min32(g, G - 1)), team);
+        if (g < G) lse[g] = highest * LOG2E + log2f(total);
+    }
+    __syncthreads();
+    #pragma unroll 1
+    for (int j0 = first; j0 < end; j0 += most) {
+        const int j1 = min32(j0 + most, end);
+        const Stretch x = touching(j0, j1, visible, sel);
+        const int from = x.from / FOUR * FOUR;
+        #pragma unroll 1
+        for (int i0 = from; i0 < x.to; i0 += DECODE_THREADS / 2 * FOUR) {
+            const int i = min32(i0 + threadIdx.x / 2 * FOUR, (x.to - 1) / FOUR * FOUR);     // those behind do the last ones again
+            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four, of which a thread has every other head
+            #pragma unroll 1
+            for (int g0 = threadIdx.x % 2; g0 < in_fours(G); g0 += MMA_ROWS) {
+                float4 score[MMA_ROWS / 2];
+                #pragma unroll
+                for (int n = 0; n < MMA_ROWS / 2; n++) score[n] = *(const float4 *)(scores + (int64_t)min32(g0 + 2 * n, G - 1) * row + i);
+                #pragma unroll
+                for (int n = 0; n < MMA_ROWS / 2; n++) {
+                    const float less = g0 + 2 * n < G ? lse[g0 + 2 * n] : INFINITY;
+                    sum = make_float4(sum.x + power_of_2(score[n].x - less), sum.y + power_of_2(score[n].y - less), sum.z + power_of_2(score[n].z - less), sum.w + power_of_2(score[n].w - less));
+                }
+            }
+            *(float4 *)(near + i - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
+                                                       sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
+        }
+        __syncthreads();
+        #pragma unroll 1
+        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) {
+            const float y = comparable(importance_of(near - from, j, visible, sel));
+            #pragma unroll 1
+            for (int m = 0; m < team; m++) *of_member(importance + j, m) = y;
+        }
+        __syncthreads();
+    }
+}
+
+// idx (n): the blocks that this token reads of `blocks`, those at the end of the text last, from their importance. DECODE_THREADS threads; all in
+// shared memory. The candidates are dealt out to groups of threads. At most `places` groups have a best one as high as the places-th of the
+// groups' bests, and nobody else has a candidate to take: these few are ranked against each other.
+__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *importance, int blocks, const SelectShape *sel) {
     __shared__ uint64_t best[CHOICE_GROUPS], least;
     __shared__ int count;
-    const int last = blocks - sel->n_local, places = free_places(sel), each = choice_blocks(sel);
+    const int last = blocks - sel->n_local, places = free_places(sel);
     const int group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS, first = sel->n_init + group + member * CHOICE_GROUPS;
-    float *importance = (float *)(list + choice_listed(sel->n, blocks)), *near = importance + blocks;
-    if (blocks <= sel->n) {             // no choice to make
-        for (int j = threadIdx.x; j < sel->n; j += DECODE_THREADS) idx[j] = j < blocks ? j : -1;
-        __syncthreads();
-        return;
-    }
-    for (int j0 = sel->n_init; j0 < last; j0 += each) {
-        const int j1 = min32(j0 + each, last);
-        const Stretch x = touching(j0, j1, visible, sel);
-        #pragma unroll 8
-        for (int i = x.from + threadIdx.x; i < x.to; i += DECODE_THREADS) near[i - x.from] = weights[i];
-        __syncthreads();
-        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j] = comparable(importance_of(near - x.from, j, visible, sel));
-        __syncthreads();
-    }
     uint64_t mine = 0;
+    #pragma unroll 1
     for (int j = first; j < last; j += DECODE_THREADS) {
         const uint64_t x = candidate(j, importance[j]);
         if (x > mine) mine = x;
@@ -1331,76 +1421,81 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
     if (higher == places - 1 && member == 0) least = mine;
     __syncthreads();
     if (higher < places)
+        #pragma unroll 1
         for (int j = first; j < last; j += DECODE_THREADS) {
             const uint64_t x = candidate(j, importance[j]);
             if (x >= least) list[atomicAdd(&count, 1)] = x;     // in any order: what follows does not depend on it
         }
     __syncthreads();
+    #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += DECODE_THREADS) {
         int rank = 0;
         #pragma unroll 4
         for (int other = 0; other < count; other++) rank += list[other] > list[i];
         if (rank < places) idx[sel->n_init + rank] = candidate_index(list[i]);
     }
-    for (int j = threadIdx.x; j < sel->n_init; j += DECODE_THREADS) idx[j] = j;
-    for (int j = threadIdx.x; j < sel->n_local; j += DECODE_THREADS) idx[sel->n - sel->n_local + j] = last + j;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < sel->n; i += DECODE_THREADS)
+        if (i < sel->n_init || i >= sel->n - sel->n_local) idx[i] = i < sel->n_init ? i : last + i - (sel->n - sel->n_local);
     __syncthreads();
 }
 
 // So many of a block's warps have the window's keys, the others compressed ones: as even as it goes.
-__device__ static inline int window_warps(const Reading *of) {
-    const int window = (of[WIN].keys + TILE_KEYS - 1) / TILE_KEYS, all = window + (of[CMP].keys + TILE_KEYS - 1) / TILE_KEYS;
+__device__ static inline int window_warps(int cmp, int win) {
+    const int window = (win + TILE_KEYS - 1) / TILE_KEYS, all = window + (cmp + TILE_KEYS - 1) / TILE_KEYS;
     return all == window ? (int)DECODE_WARPS : max32(1, min32((DECODE_WARPS * window + all / 2) / all, DECODE_WARPS - 1));
 }
 
-// What the shares of a head weigh, exp(top - highest top), and Σ weight · sum; returns the highest top.
-__device__ static inline float weigh_shares(float weight[MOST_TEAM], float *total, const Shares *parts, int64_t first, int count) {
-    float sum[MOST_TEAM], highest = -INFINITY;
-    #pragma unroll
-    for (int n = 0; n < MOST_TEAM; n++) weight[n] = n < count ? parts->top[first + n] : -INFINITY, sum[n] = n < count ? parts->sum[first + n] : 0;
-    #pragma unroll
-    for (int n = 0; n < MOST_TEAM; n++) highest = fmaxf(highest, weight[n]);
-    *total = 0;
-    #pragma unroll
-    for (int n = 0; n < MOST_TEAM; n++) {
-        weight[n] = n < count ? expf(weight[n] - highest) : 0;
-        *total += weight[n] * sum[n];
-    }
-    return highest;
-}
-
-// A member's slice of out (G,Dv) of a list = Σ_branch gate · attention, from all shares. factor: shared memory (G,BRANCHES,team).
-__device__ static inline void merge_slice(const AttendCall *a, int64_t list, int member, int team, float *factor) {
+// A member's slice of out (G,Dv) of a list = Σ_branch gate · attention, from all shares. memory: shared memory. A thread takes four neighbouring
+// channels of every so-manieth share.
+template <int DV>
+__device__ static inline void merge_slice(const AttendCall *a, int list, int member, int team, float4 *memory) {
     const DecodeShape *s = &a->s;
-    const int numbers = s->G * s->Dv, each = (numbers + team - 1) / team;
-    for (int i = threadIdx.x; i < s->G * BRANCHES; i += DECODE_THREADS) {
-        const int branch = i % BRANCHES, count = a->input->of[branch].splits;
-        const int64_t head = list * s->G + i / BRANCHES;
-        float weight[MOST_TEAM], total;
-        weigh_shares(weight, &total, &a->parts, parts_of(s, branch, head), count);
-        const float gate = a->gates[head * BRANCHES + branch] / total;
-        #pragma unroll
-        for (int n = 0; n < MOST_TEAM; n++)
-            if (n < count) factor[i * team + n] = gate * weight[n];
+    const int numbers = s->G * DV, each = in_fours((numbers + team - 1) / team), begin = member * each, end = min32(begin + each, numbers);
+    const int head0 = begin / DV, rows = begin < end ? ((end - 1) / DV - head0 + 1) * BRANCHES : 0;
+    float *factor = (float *)(memory + DECODE_THREADS);       // (heads of the slice,BRANCHES,MOST_TEAM)
+    #pragma unroll 1
+    for (int r0 = 0; r0 < rows; r0 += DECODE_THREADS / MOST_TEAM) {
+        const int r = min32(r0 + threadIdx.x / MOST_TEAM, rows - 1), branch = r % BRANCHES;
+        const int64_t head = (int64_t)list * s->G + head0 + r / BRANCHES;
+        const float gate = a->gates[head * BRANCHES + branch];
+        float highest, total;
+        const float weight = weigh_share(&highest, &total, &a->parts, parts_of(s, branch, head), team);
+        factor[r * MOST_TEAM + threadIdx.x % MOST_TEAM] = total > 0 ? gate * weight / total : 0;
     }
     __syncthreads();
-    for (int i = member * each + threadIdx.x; i < min32(numbers, (member + 1) * each); i += DECODE_THREADS) {
-        const int g = i / s->Dv, c = i % s->Dv;
-        float y = 0;
-        #pragma unroll
-        for (int branch = 0; branch < BRANCHES; branch++) {
-            const float *from = a->parts.out + parts_of(s, branch, list * s->G + g) * s->Dv + c, *factors = factor + (g * BRANCHES + branch) * team;
-            const int count = a->input->of[branch].splits;
+    const int columns = (end - begin) / FOUR, across = max32(1, min32(columns, DECODE_THREADS)), groups = DECODE_THREADS / across, group = threadIdx.x / across;
+    #pragma unroll 1
+    for (int c0 = 0; c0 < columns; c0 += across) {
+        const int at = begin + (c0 + threadIdx.x % across) * FOUR, g = at / DV, c = at % DV;
+        float4 y = make_float4(0, 0, 0, 0);
+        if (at < end && group < groups) {
             #pragma unroll
-            for (int n = 0; n < MOST_TEAM; n++)
-                if (n < count) y += factors[n] * from[n * s->Dv];
+            for (int branch = 0; branch < BRANCHES; branch++) {
+                const float *from = a->parts.out + parts_of(s, branch, (int64_t)list * s->G + g) * DV + c, *factors = factor + ((g - head0) * BRANCHES + branch) * MOST_TEAM;
+                #pragma unroll 2
+                for (int n = group; n < team; n += groups) {
+                    const float4 z = *(const float4 *)(from + n * DV);
+                    y = make_float4(y.x + factors[n] * z.x, y.y + factors[n] * z.y, y.z + factors[n] * z.z, y.w + factors[n] * z.w);
+                }
+            }
         }
-        a->out[list * numbers + i] = y;
+        memory[threadIdx.x] = y;
+        __syncthreads();
+        if (at < end && group == 0) {
+            #pragma unroll 1
+            for (int i = 1; i < groups; i++) {
+                const float4 z = memory[i * across + threadIdx.x];
+                y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
+            }
+            *(float4 *)(a->out + (int64_t)list * numbers + at) = y;
+        }
+        __syncthreads();
     }
 }
 
 // All of a layer's sparse attention. A team has a list: its members share the keys of each branch, and what one has found out the others
-// read from memory behind a barrier of the team. grid: list, member
+// read, from memory or their own shared memory, behind a barrier of the team. grid: list, member
 template <int D, int DV>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_kernel(AttendCall a) {
     extern __shared__ uint4 fast_shared[];
@@ -1409,71 +1504,64 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
     __shared__ int chosen[CHOICE_GROUPS];
     let_next_come();
     const DecodeShape *s = &a.s;
-    const Reading *of = a.input->of;
+    const int position = (int)a.input->position, visible = a.input->of[CMP].keys, window = a.input->of[WIN].keys, selected = a.input->of[SLC].keys;
     const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = gridDim.y, warp = threadIdx.x / WARP;
-    const int first_window = DECODE_WARPS - window_warps(of), in_window = warp >= first_window;
-    const int row = (int)score_row(a.cache.branch[CMP].slots);
-    float *outs = (float *)fast_shared, *scores = a.scores + (int64_t)list * G * row;
+    const int first_window = DECODE_WARPS - window_warps(visible, window), in_window = warp >= first_window;
+    const int row = (int)score_row(a.cache.branch[CMP].slots), blocks = position / s->select.sel_block + 1;
+    float *outs = (float *)fast_shared, *importance = outs + KeyRing<D, DV>::OUTS / sizeof(float), *scores = a.scores + (int64_t)list * G * row;
     bf16 *ring = (bf16 *)fast_shared + warp * KeyRing<D, DV>::NUMBERS;
     unsigned qs[D / 16][4];
     WarpSums<DV> y;
-
-    // The compressed branch and the window
-    WarpKeys keys = in_window ? warp_keys<D, DV>(&a, WIN, list, (warp - first_window) * team + member, (DECODE_WARPS - first_window) * team, NULL)
-                              : warp_keys<D, DV>(&a, CMP, list, warp * team + member, first_window * team, NULL);
+    WarpKeys keys = in_window ? warp_keys<D, DV>(&a, WIN, list, window, position % (int)a.cache.branch[WIN].slots, (warp - first_window) * team + member, (DECODE_WARPS - first_window) * team, NULL)
+                              : warp_keys<D, DV>(&a, CMP, list, visible, visible - 1, warp * team + member, first_window * team, NULL);
+    phase(BEGUN);
     fetch_first<D, DV>(ring, &keys);
+    phase(ASKED);
     wait_for_previous();
-    const int late = fetch_fresh<D, DV>(ring, &keys);
-    for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
-        const int heads = min32(MMA_ROWS, G - g0);
-        const int64_t head0 = (int64_t)list * G + g0;
-        read_queries<D>(qs, queries, &a, list, g0, heads);
-        if (g0 > 0) {           // the same keys once more
-            keys.fresh = -1;
-            fetch_first<D, DV>(ring, &keys);
-        } else if (late) cp_async_wait<0>();
-        attend_keys<D, DV>(&y, ring, &keys, qs, in_window ? NULL : scores + (int64_t)g0 * row, row, heads);
-        put_sums<D, DV>(&sums, outs, &y);
-        if (member < of[CMP].splits) write_share<D, DV>(&a, CMP, head0, heads, member, &sums, outs, 0, first_window);
-        if (member < of[WIN].splits) write_share<D, DV>(&a, WIN, head0, heads, member, &sums, outs, first_window, DECODE_WARPS);
-    }
+    phase(ALONE);
 
-    // The choice. Weights of compressed blocks stand in the place of the first head's scores.
-    const int blocks = (int)a.input->position / s->select.sel_block + 1, visible = of[CMP].keys;
-    if (blocks > s->select.n) {
-        float *lse = (float *)fast_shared;
-        team_barrier();
-        for (int g = threadIdx.x; g < G; g += DECODE_THREADS) {
-            float weight[MOST_TEAM], total;
-            const float top = weigh_shares(weight, &total, &a.parts, parts_of(s, CMP, (int64_t)list * G + g), of[CMP].splits);
-            lse[g] = top + logf(total);
-        }
-        __syncthreads();
-        for (int i = (member * DECODE_THREADS + threadIdx.x) * FOUR; i < visible; i += team * DECODE_THREADS * FOUR) {
-            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four
-            #pragma unroll 8
-            for (int g = 0; g < G; g++) {
-                const float4 score = *(const float4 *)(scores + (int64_t)g * row + i);
-                sum = make_float4(sum.x + expf(score.x - lse[g]), sum.y + expf(score.y - lse[g]), sum.z + expf(score.z - lse[g]), sum.w + expf(score.w - lse[g]));
+    // First the compressed branch and the window, then the selection branch
+    #pragma unroll 1
+    for (int second = 0; second < 2; second++) {
+        const int choice = blocks > s->select.n;
+        if (second) {
+            if (choice) {
+                team_wait();
+                __syncthreads();        // nobody in this block reads sums any more
+                phase(MET);
+                weigh_blocks(importance, (float *)fast_shared, &a, scores, row, list, visible, blocks, member, team);
+                phase(WEIGHED);
+                team_barrier();
+                phase(MET_AGAIN);
+                choose_quickly(chosen, (uint64_t *)fast_shared, importance, blocks, &s->select);
+            } else {
+                for (int j = threadIdx.x; j < blocks; j += DECODE_THREADS) chosen[j] = j;
+                __syncthreads();
             }
-            *(float4 *)(scores + i) = sum;
+            phase(CHOSEN);
+            keys = warp_keys<D, DV>(&a, SLC, list, selected, -1, warp * team + member, DECODE_WARPS * team, chosen);
         }
-        team_barrier();
-    }
-    choose_quickly(chosen, (uint64_t *)fast_shared, scores, visible, blocks, &s->select);
-
-    // The selection branch
-    keys = warp_keys<D, DV>(&a, SLC, list, warp * team + member, DECODE_WARPS * team, chosen);
-    for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
-        const int heads = min32(MMA_ROWS, G - g0);
-        if (G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
-        fetch_first<D, DV>(ring, &keys);
-        attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
-        put_sums<D, DV>(&sums, outs, &y);
-        if (member < of[SLC].splits) write_share<D, DV>(&a, SLC, (int64_t)list * G + g0, heads, member, &sums, outs, 0, DECODE_WARPS);
+        const int branch = second ? SLC : CMP, bound = second ? (int)DECODE_WARPS : first_window;
+        #pragma unroll 1
+        for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
+            const int heads = min32(MMA_ROWS, G - g0);
+            const int64_t head0 = (int64_t)list * G + g0;
+            if (!second || G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
+            if (!second) phase(QUERIES);
+            attend_keys<D, DV>(&y, ring, &keys, qs, second || in_window ? NULL : scores + (int64_t)g0 * row, row, heads);
+            phase(second ? ATTENDED_CHOSEN : ATTENDED);
+            keys.asked = 0;         // other heads meet the same keys once more
+            put_sums<D, DV>(&sums, outs, &y);
+            write_tops(&a, branch, WIN, bound, head0, heads, member, &sums);
+            if (!second && choice && g0 + MMA_ROWS >= G) team_arrive();         // what the choice needs is there
+            write_outs<D, DV>(&a, branch, WIN, bound, head0, heads, member, &sums, outs);
+            phase(second ? TOLD_AGAIN : TOLD);
+        }
     }
     team_barrier();
-    merge_slice(&a, list, member, team, (float *)fast_shared);
+    phase(MET_LAST);
+    merge_slice<DV>(&a, list, member, team, (float4 *)fast_shared);
+    phase(MERGED);
 }
 
 // The linear maps of compression: x (members,K) · weight (outputs,K)ᵀ of a set; LAST: into the cache, else into `hidden`. A block of threads has

@@ -8,6 +8,7 @@ The kernels are those of sample.c, and so is what launches them.
 
     make build/decode && build/decode                   both against plain loops on the CPU, on small and odd shapes
     build/decode bench 65536 1 64 4 128 [version]       times on this GPU: tokens in the caches, texts, heads, KV heads, D (192: D of v is 128)
+    make build/decode NVCC_FLAGS="-O3 -DPHASES"         with bench, also where version 2's time for sparse attention goes
     make build/decode_emulated && build/decode_emulated     the check without a GPU
 
 SPDX-License-Identifier: MIT
@@ -204,6 +205,29 @@ static double copy_rate(void) {
     return 2 * (double)bytes / ms * 1e3;
 }
 
+// The phases of the last launch of a graph, of so many runs: noted between them.
+#ifdef PHASES
+static float phase_us[PHASES_IN_ALL][RUNS];
+static void note_phases(void) {
+    static int run;
+    long long clock[PHASES_IN_ALL];
+    int kilohertz;
+    CUDA(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0));
+    CUDA(cudaMemcpyFromSymbol(clock, phase_clock, sizeof clock));
+    for (int i = 1; i < PHASES_IN_ALL; i++) phase_us[i][run % RUNS] = (float)(clock[i] - clock[i - 1]) * 1e3f / (float)kilohertz;
+    run++;
+}
+static void print_phases(void) {
+    for (int i = 1; i < PHASES_IN_ALL; i++) {
+        qsort(phase_us[i], RUNS, sizeof *phase_us[i], ascending);
+        printf("      %-32s %7.2f us\n", phase_names[i], (double)phase_us[i][RUNS / 2]);
+    }
+}
+#else
+static void note_phases(void) {}
+static void print_phases(void) {}
+#endif
+
 // Microseconds of work(0), work(1), ... in one graph, each: work(i) launches for cache i.
 template <typename F, typename Work>
 static double graph_us(Decoder *d, const LayerCache *caches, int count, Work work) {
@@ -220,7 +244,7 @@ static double graph_us(Decoder *d, const LayerCache *caches, int count, Work wor
         }
     });
     d->layers[0] = own;
-    const double ms = median_ms(RUNS, [&] { CUDA(cudaGraphLaunch(graph, w->stream)); });
+    const double ms = median_ms(RUNS, note_phases, [&] { CUDA(cudaGraphLaunch(graph, w->stream)); });
     CUDA(cudaGraphExecDestroy(graph));
     return ms * 1e3 / visits;
 }
@@ -274,6 +298,7 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
     const auto time = [&](int completes) { return graph_us<F>(&d, caches, count, [&] { decode_branches<F>(&d, 0, completes); }); };
     double us = time(0);
     report(nsa ? "a token" : "a token, dense", us, *bytes, rate);
+    if (nsa && d.work->fast) print_phases();
     if (nsa) {
         const auto part = [&](int list, int other) { return graph_us<F>(&d, caches, count, [&] { launch_attend<F>(d.work, attend_call(&d, 0), list, other); }); };
         if (!d.work->fast) {

@@ -103,8 +103,9 @@ struct Fiber {
 struct Cluster {
     std::mutex lock;
     std::condition_variable change;
-    int blocks, arrived = 0;
+    int size, blocks, arrived = 0;
     unsigned generation = 0;
+    char *shared[16];               // dynamic shared memory of each
     void release_if_complete() {
         if (arrived < blocks) return;
         arrived = 0;
@@ -381,6 +382,7 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
 #endif
     w->shared = memory;
     w->shared_bytes = shared;
+    if (cluster) cluster->shared[block.y % (unsigned)cluster->size] = memory;
     const int f = new_fiber();
     start_thread(f);
 #if defined(__SANITIZE_ADDRESS__)
@@ -413,6 +415,12 @@ static inline void emu_cluster_barrier() {
     __syncthreads();
     if (emu::worker->cluster && emu::worker->current == 0) emu::worker->cluster->wait();
     __syncthreads();
+}
+
+// Where x, in dynamic shared memory, lies in that of a block of the cluster.
+static inline void *emu_of_block(void *x, int block) {
+    const emu::Worker *w = emu::worker;
+    return w->cluster ? w->cluster->shared[block] + ((char *)x - w->shared) : x;
 }
 
 template <typename T>
@@ -786,7 +794,7 @@ struct emu_launcher {
                     const uint3 first = index(i);
                     if (first.y % me.cluster) continue;
                     emu::Cluster cluster;
-                    cluster.blocks = (int)me.cluster;
+                    cluster.size = cluster.blocks = (int)me.cluster;
                     emu::crew->run((int)me.cluster, [&](int member) { emu::run_block({first.x, first.y + (unsigned)member, first.z}, me.grid, me.block, me.shared, body, me.name, &cluster); });
                 }
                 return;
