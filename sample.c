@@ -1112,7 +1112,7 @@ DEVICE static inline int in_fours(int n) { return (n + FOUR - 1) / FOUR * FOUR; 
 // Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, is not so
 // long that what is needed for its choice does not fit where the rings stand, nor what the sum of the branches needs for each head.
 static int fast_decode(const Config *c, int64_t capacity) {
-    if (!fast_model(c) || !has_nsa(c)) return fast_model(c);
+    if (tier_of_model(c) == TIER_SIMPLE || !has_nsa(c)) return tier_of_model(c) != TIER_SIMPLE;
     const SelectShape sel = select_shape(c);
     const int64_t G = c->num_attention_heads / c->num_key_value_heads, blocks = most_selection_blocks(c, capacity), outs = outs_bytes(c->head_dim), room = ring_bytes(c->head_dim);
     const int64_t weights = choice_blocks(&sel) * (int64_t)(sel.sel_block / sel.cmp_stride) + sel.cmp_block / sel.cmp_stride + 2 * FOUR;
@@ -2003,7 +2003,7 @@ void decoder_open(Decoder *d) {
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
-    if (fast_model(c)) allow_shared(dense_kernel_of(s.D), ring_bytes(s.D), FAST_NAME, FAST_FIX);
+    if (tier_of_model(c) != TIER_SIMPLE) allow_shared(dense_kernel_of(s.D), ring_bytes(s.D), FAST_NAME, FAST_FIX);
 }
 
 static void drop_graphs(Working *w) {
