@@ -1552,8 +1552,11 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_k
             phase(second ? ATTENDED_CHOSEN : ATTENDED);
             keys.asked = 0;         // other heads meet the same keys once more
             put_sums<D, DV>(&sums, outs, &y);
+            const int last = !second && choice && g0 + MMA_ROWS >= G;
+            if (last)       // here keys have come by cp.async and others will write: racecheck sees an order only between ordinary writes
+                for (int j = threadIdx.x; j < blocks; j += DECODE_THREADS) importance[j] = 0;
             write_tops(&a, branch, WIN, bound, head0, heads, member, &sums);
-            if (!second && choice && g0 + MMA_ROWS >= G) team_arrive();         // what the choice needs is there
+            if (last) team_arrive();        // what the choice needs is there
             write_outs<D, DV>(&a, branch, WIN, bound, head0, heads, member, &sums, outs);
             phase(second ? TOLD_AGAIN : TOLD);
         }

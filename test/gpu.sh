@@ -57,6 +57,15 @@ good $small $flat -x 6 -o ranks.1 $ranks_options
 together 2 file:address $small $flat -x 6 -o ranks.2 $ranks_options
 near ranks.1/log.jsonl ranks.2/log.jsonl loss
 near ranks.1/log.jsonl ranks.2/log.jsonl val_loss
+# 50 steps in f32: dropless where there are experts, and without their balance loss, which is each micro-batch's own
+fifty() { # NAME OPTIONS...
+    of=$1; shift
+    good $small -x 50 -v 10 -n 0 -d 256 -o "$of.1" "$@"
+    together 2 file:address $small -x 50 -v 10 -n 0 -d 256 -o "$of.2" -z 1 "$@"
+    for key in loss val_loss grad_norm; do near "$of.1/log.jsonl" "$of.2/log.jsonl" $key; done
+}
+fifty long --dropout 0.2
+fifty routed --experts 8 --balance-loss 0
 bits="$flat --dtype bf16 --stochastic-rounding -d 256 --experts 4 --balance-loss 0 -z 1"
 good $small -x 6 -o bits.1 $bits
 together 2 file:address $small -x 6 -o bits.2 $bits
