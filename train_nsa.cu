@@ -464,12 +464,14 @@ template <int N> __device__ static inline void wgmma_turned(float (*d)[4], const
 // The registers of d as operands, and their names.
 #define SUM(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SUMS_64 SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7)
-#define SUMS_128 SUMS_64, SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
+#define SUMS_112 SUMS_64, SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13)
+#define SUMS_128 SUMS_112, SUM(14), SUM(15)
 #define NAMES_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES_128 NAMES_64 "," \
+#define NAMES_112 NAMES_64 "," \
                   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-                  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                  "%48,%49,%50,%51,%52,%53,%54,%55"
+#define NAMES_128 NAMES_112 ",%56,%57,%58,%59,%60,%61,%62,%63"
 template <> HOPPER_DEVICE inline void wgmma<64>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_64 "}, %32, %33, add, 1, 1, 0, 0;}"
                  : SUMS_64 : "l"(a), "l"(b), "r"(add));
@@ -477,6 +479,10 @@ template <> HOPPER_DEVICE inline void wgmma<64>(float (*d)[4], uint64_t a, uint6
 template <> HOPPER_DEVICE inline void wgmma_turned<64>(float (*d)[4], const unsigned a[4], uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_64 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
                  : SUMS_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <> HOPPER_DEVICE inline void wgmma<112>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %58, 0; wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {" NAMES_112 "}, %56, %57, add, 1, 1, 0, 0;}"
+                 : SUMS_112 : "l"(a), "l"(b), "r"(add));
 }
 template <> HOPPER_DEVICE inline void wgmma<128>(float (*d)[4], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred add; setp.ne.b32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_128 "}, %64, %65, add, 1, 1, 0, 0;}"
@@ -488,8 +494,10 @@ template <> HOPPER_DEVICE inline void wgmma_turned<128>(float (*d)[4], const uns
 }
 #undef SUM
 #undef SUMS_64
+#undef SUMS_112
 #undef SUMS_128
 #undef NAMES_64
+#undef NAMES_112
 #undef NAMES_128
 
 // Registers that were written since the last product may be its factors and sums. Products up to wgmma_commit are a group; wgmma_wait<LEFT> waits
@@ -1133,41 +1141,51 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 }
 
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
-// `table`; turn = -1 turns back. A thread takes N neighbouring pairs (j, j + d/2).
+// `table`; turn = -1 turns back. A thread takes N neighbouring pairs (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ...
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
-    const int half = d / 2, row = heads.count * half;
-    const int64_t item = global_thread() * N, i = item / row;
+    const int half = d / 2;
+    const int64_t i = (int64_t)blockIdx.x * blockDim.z + threadIdx.z;
     if (i >= n) return;
-    const int h = (int)(item - i * row) / half, j = (int)(item - i * row) % half;
-    const float *angles = table + (i % period) * step * d + j;
-    F *a = x + i * x_row + head_place(&heads, h, d) + j, *b = a + half;
-    Pack<F, N> first, second;
-    float aj[N], bj[N];
-    if (from) {
-        for (int v = 0; v < N; v++) aj[v] = from[(i * heads.count + h) * d + j + v], bj[v] = from[(i * heads.count + h) * d + half + j + v];
-    } else {
-        first = load<N>(a);
-        second = load<N>(b);
-        for (int v = 0; v < N; v++) aj[v] = (float)first.of[v], bj[v] = (float)second.of[v];
+    const float *angles = table + (i % period) * step * d;
+    for (int j = (int)threadIdx.x * N; j < half; j += (int)blockDim.x * N) {
+        const Pack<float, N> cosine = load<N>(angles + j), sine = load<N>(angles + half + j);
+        for (int h = (int)threadIdx.y; h < heads.count; h += (int)blockDim.y) {
+            F *a = x + i * x_row + head_place(&heads, h, d) + j, *b = a + half;
+            Pack<F, N> first, second;
+            Pack<float, N> aj, bj;
+            if (from) {
+                aj = load<N>(from + (i * heads.count + h) * d + j);
+                bj = load<N>(from + (i * heads.count + h) * d + half + j);
+            } else {
+                first = load<N>(a);
+                second = load<N>(b);
+                for (int v = 0; v < N; v++) aj.of[v] = (float)first.of[v], bj.of[v] = (float)second.of[v];
+            }
+            for (int v = 0; v < N; v++) {
+                const float turned = turn * sine.of[v];
+                first.of[v] = (F)(aj.of[v] * cosine.of[v] - bj.of[v] * turned);
+                second.of[v] = (F)(bj.of[v] * cosine.of[v] + aj.of[v] * turned);
+            }
+            store<N>(a, first);
+            store<N>(b, second);
+        }
     }
-    for (int v = 0; v < N; v++) {
-        const float cosine = angles[v], sine = turn * angles[half + v];
-        first.of[v] = (F)(aj[v] * cosine - bj[v] * sine);
-        second.of[v] = (F)(bj[v] * cosine + aj[v] * sine);
-    }
-    store<N>(a, first);
-    store<N>(b, second);
 }
 
+template <typename F, int N>
+static void rope_in_packs(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const Heads *heads, int d, int turn) {
+    // A block takes the packs of a head, some heads of a row, as many each time, and where that leaves threads more rows.
+    const int of_head = min32(d / 2 / N, THREADS), most = THREADS / of_head, times = (heads->count + most - 1) / most, at_once = (heads->count + times - 1) / times;
+    const int rows = min32(64, THREADS / (of_head * at_once));
+    rope_kernel<F, N><<<grid(n, rows), dim3((unsigned)of_head, (unsigned)at_once, (unsigned)rows)>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
+    LAUNCHED();
+}
 template <typename F>
 static void gpu_rope(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const Heads *heads, int d, int turn) {
-    constexpr int N = pack_size<F>;
-    const int64_t pairs = n * heads->count * (d / 2);
-    if (pairs == 0) return;
-    if (packs<F>(d / 2) && packs<F>(x_row)) rope_kernel<F, N><<<grid(pairs / N, THREADS), THREADS>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
-    else rope_kernel<F, 1><<<grid(pairs, THREADS), THREADS>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
-    LAUNCHED();
+    if (n == 0 || heads->count == 0) return;
+    if (packs<F>(d / 2) && packs<F>(x_row)) rope_in_packs<F, pack_size<F>>(x, x_row, from, table, n, period, step, heads, d, turn);
+    else rope_in_packs<F, 1>(x, x_row, from, table, n, period, step, heads, d, turn);
 }
 
 // ----------------------------------------------------------------------------
@@ -2695,7 +2713,7 @@ static void fast_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16
 // A tile of rows is whole tokens with all heads of a group: a box (64 channels, G heads, tokens) of q as it lies in memory. Where G does not
 // divide the tile's rows, the last ones stay empty.
 
-enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
+enum { WARPGROUP = 4 * WARP, PANEL = 64, SLAB_ROWS = 64, HOPPER_KEYS = 128, NARROW_KEYS = 112 };      // a panel is 64 channels of a tile: rows of 128 bytes, as swizzled
 struct alignas(1024) SharedKilobyte { unsigned char bytes[1024]; };     // what a swizzled tile must be aligned to
 
 // Whether this program was compiled for this GPU's wgmma.
@@ -2753,6 +2771,12 @@ static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64
     return tensor_map_of_shape(x, &shape);
 }
 static int64_t slab_tokens(const AttentionShape *s, int64_t rows) { return rows / (s->H / s->KV); }
+// Whether tiles of NARROW_KEYS are for a window: what the queries of a tile of rows see of it, 519 keys for 8 queries and a window of 512, should take clearly
+// fewer keys in tiles than in those of HOPPER_KEYS (560 instead of 640).
+static int narrow_tiles(int64_t rows, const Mask *mask, const AttentionShape *s) {
+    const int64_t seen = mask->window + slab_tokens(s, rows) - 1;
+    return mask->kind == MASK_WINDOW && 20 * round_up(seen, NARROW_KEYS) < 19 * round_up(seen, HOPPER_KEYS);
+}
 static CUtensorMap query_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int64_t rows) {
     return tensor_map(x, width, s->H, s->T, s->B, row, s->H / s->KV, slab_tokens(s, rows));
 }
@@ -2882,19 +2906,19 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
 // Forward on Hopper. The scores of the next tile of keys are on their way while the exponentials of this one are made; warpgroups take turns at
 // issuing their products, so that one makes exponentials while another multiplies.
 
-template <int D, int DV>
+template <int D, int DV, int KEYS>
 struct HopperForward {
-    enum { SLABS = D == 64 ? 3 : 2, ROWS = SLABS * SLAB_ROWS, KEYS = 128, STAGES = D == 64 ? 4 : 2, TILES = 2, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { SLABS = D == 64 ? 3 : 2, ROWS = SLABS * SLAB_ROWS, STAGES = D == 64 ? 4 : 2, TILES = 2, THREADS = (SLABS + 1) * WARPGROUP };
     enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES };
 };
 
-template <int D, int DV>
-__global__ void __launch_bounds__(HopperForward<D, DV>::THREADS, 1)
+template <int D, int DV, int KEYS>
+__global__ void __launch_bounds__(HopperForward<D, DV, KEYS>::THREADS, 1)
 hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                       Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    typedef HopperForward<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES, TILES = Plan::TILES;
+    typedef HopperForward<D, DV, KEYS> Plan;
+    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES, TILES = Plan::TILES;
     extern __shared__ SharedKilobyte hopper_shared[];
     bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + TILES;
@@ -3020,16 +3044,21 @@ static unsigned row_blocks(const AttentionShape *s) {
     return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
 }
 
-template <int D, int DV>
+template <int D, int DV, int KEYS>
 static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    typedef HopperForward<D, DV> Plan;
+    typedef HopperForward<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS);
     // without keys none is read, but a map must be of something
-    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Plan::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Plan::KEYS) : q_map;
-    allow_shared(hopper_forward_kernel<D, DV>, bytes, FAST_NAME, FAST_FIX);
-    hopper_forward_kernel<D, DV><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, q_map, k_map, v_map, *mask, *s);
+    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, KEYS) : q_map;
+    allow_shared(hopper_forward_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
+    hopper_forward_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, q_map, k_map, v_map, *mask, *s);
     LAUNCHED();
+}
+template <int D, int DV>
+static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+    if (narrow_tiles(HopperForward<D, DV, HOPPER_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS>(out, lse, q, k, v, mask, s);
+    else hopper_forward_of_shape<D, DV, HOPPER_KEYS>(out, lse, q, k, v, mask, s);
 }
 
 // ----------------------------------------------------------------------------
@@ -3313,8 +3342,8 @@ static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const
     if (mask->kind == MASK_SELECTED && !shares_blocks(mask)) fast_attention_forward(out, lse, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
-    else if (s->D == 64) hopper_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
-    else hopper_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
+    else if (s->D == 64) hopper_range_forward<64, 64>(out, lse, q, k, v, mask, s);
+    else hopper_range_forward<128, 128>(out, lse, q, k, v, mask, s);
 }
 
 // ----------------------------------------------------------------------------
@@ -3326,19 +3355,19 @@ __device__ static inline RowStats row_stats(float lse, float gate, float y) { re
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
-template <int D, int DV>
+template <int D, int DV, int KEYS>
 struct HopperDq {
-    enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, KEYS = D == 64 ? 128 : 64, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
+    enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
     enum { BYTES = (ROWS + STAGES * KEYS) * (D + DV) * 2, BARRIERS = 2 + 2 * STAGES };
 };
 
-template <int D, int DV>
-__global__ void __launch_bounds__(HopperDq<D, DV>::THREADS, 1)
+template <int D, int DV, int KEYS>
+__global__ void __launch_bounds__(HopperDq<D, DV, KEYS>::THREADS, 1)
 hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                  const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    typedef HopperDq<D, DV> Plan;
-    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
+    typedef HopperDq<D, DV, KEYS> Plan;
+    constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES;
     extern __shared__ SharedKilobyte hopper_shared[];
     bf16 *q_tile = (bf16 *)hopper_shared, *dout_tile = q_tile + ROWS * D, *key_tiles = dout_tile + ROWS * DV, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + 1, *full = q_empty + 1, *empty = full + STAGES;
@@ -3726,15 +3755,15 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
 static int hopper_keys(const Mask *mask) { return mask->kind == MASK_SELECTED ? SLAB_ROWS : HOPPER_KEYS; }
 static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)); }
 
-template <int D, int DV>
+template <int D, int DV, int KEYS>
 static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
                                const AttentionShape *s) {
-    typedef HopperDq<D, DV> Plan;
+    typedef HopperDq<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Plan::ROWS);
-    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, Plan::KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, Plan::KEYS) : q_map;
-    allow_shared(hopper_dq_kernel<D, DV>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dq_kernel<D, DV><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, stats, q_map, dout_map, k_map, v_map, *mask, *s);
+    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, KEYS) : q_map;
+    allow_shared(hopper_dq_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
+    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, stats, q_map, dout_map, k_map, v_map, *mask, *s);
     LAUNCHED();
 }
 
@@ -3773,9 +3802,11 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+    constexpr int DQ_KEYS = D == 64 ? HOPPER_KEYS : 64;
     if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
-    else hopper_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else if (D == 64 && narrow_tiles(HopperDq<D, DV, DQ_KEYS>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, D == 64 ? NARROW_KEYS : DQ_KEYS>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else hopper_dq_of_shape<D, DV, DQ_KEYS>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
     else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
