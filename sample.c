@@ -1941,33 +1941,37 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
 }
 
 // What decides into how many shares the keys of a list are cut, of `lists` when `at_once` fit on the GPU: the time goes with how often it must
-// be filled, and for each time with the keys of a share and with what a block of threads costs without any, which here counts
-// as one 64th of the keys.
-static double time_of_shares(int64_t lists, int64_t at_once, int shares) { return (double)((lists + at_once - 1) / at_once) * (1.0 / shares + 1.0 / 64); }
+// be filled, and for each time with the keys of a share and with what a share costs without any, in keys of a list: one 64th of them where
+// a block of threads is done with its own, a fourth in a team, which has to meet and to choose (measured: dev/benchmarks.md).
+static const double SHARE_COST = 1.0 / 64, TEAM_COST = 1.0 / 4;
+static double time_of_shares(int64_t lists, int64_t at_once, int shares, double cost) { return (double)((lists + at_once - 1) / at_once) * (1.0 / shares + cost); }
 
 static int choose_splits(int64_t lists, int64_t slots) {
     int best = 1;
     for (int splits = 2; splits <= MOST_SPLITS; splits++)
-        if (time_of_shares(lists * splits, slots, splits) < time_of_shares(lists * best, slots, best)) best = splits;
+        if (time_of_shares(lists * splits, slots, splits, SHARE_COST) < time_of_shares(lists * best, slots, best, SHARE_COST)) best = splits;
     return best;
 }
+
+// Blocks of threads that fit on the GPU at the same time.
+static int64_t blocks_at_once(const Config *c) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c->head_dim)) * gpu.multiProcessorCount; }
 
 // How large a team is: a power of two.
 static int choose_team(const Config *c, int64_t lists) {
     FastKernel *kernel = sparse_kernel_of(c->head_dim);
     cudaFuncAttributes compiled;
     int best = 1;
-    double least = INFINITY;
+    double least = time_of_shares(lists, blocks_at_once(c), 1, TEAM_COST);
     allow_shared(kernel, ring_bytes(c->head_dim), FAST_NAME, FAST_FIX);
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
     if (gpu.major < 9 || compiled.ptxVersion < 90) return 1;        // this GPU, or the code for it, has no clusters
     CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    for (int team = 1; team <= MOST_TEAM; team *= 2) {
+    for (int team = 2; team <= MOST_TEAM; team *= 2) {
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, ring_bytes(c->head_dim), team);
         int at_once = 0;
         if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) (void)cudaGetLastError();   // none so large
-        if (at_once > 0 && time_of_shares(lists, at_once, team) < least) least = time_of_shares(lists, at_once, team), best = team;
+        if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = team;
     }
     return best;
 }
@@ -1977,9 +1981,9 @@ static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity)
     device_open();
     w->fast = fast_decode(c, capacity);
     const int64_t G = c->num_attention_heads / c->num_key_value_heads, lists = rows * c->num_key_value_heads, together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS;
-    const int64_t at_once = w->fast ? max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c->head_dim)) : 2;      // blocks of threads of a multiprocessor
+    const int64_t at_once = w->fast ? blocks_at_once(c) : 2 * (int64_t)gpu.multiProcessorCount;
     w->team = w->fast && has_nsa(c) ? choose_team(c, lists) : 1;
-    w->splits = max32(w->team, choose_splits(lists * ((G + together - 1) / together), at_once * gpu.multiProcessorCount));
+    w->splits = max32(w->team, choose_splits(lists * ((G + together - 1) / together), at_once));
 }
 
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
