@@ -1141,7 +1141,8 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 }
 
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
-// `table`; turn = -1 turns back. A thread takes N neighbouring pairs (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ...
+// `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
+// (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ...
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
     const int half = d / 2;
@@ -1173,19 +1174,16 @@ __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float 
     }
 }
 
-template <typename F, int N>
-static void rope_in_packs(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const Heads *heads, int d, int turn) {
-    // A block takes the packs of a head, some heads of a row, as many each time, and where that leaves threads more rows.
-    const int of_head = min32(d / 2 / N, THREADS), most = THREADS / of_head, times = (heads->count + most - 1) / most, at_once = (heads->count + times - 1) / times;
-    const int rows = min32(64, THREADS / (of_head * at_once));
-    rope_kernel<F, N><<<grid(n, rows), dim3((unsigned)of_head, (unsigned)at_once, (unsigned)rows)>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
-    LAUNCHED();
-}
 template <typename F>
 static void gpu_rope(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const Heads *heads, int d, int turn) {
     if (n == 0 || heads->count == 0) return;
-    if (packs<F>(d / 2) && packs<F>(x_row)) rope_in_packs<F, pack_size<F>>(x, x_row, from, table, n, period, step, heads, d, turn);
-    else rope_in_packs<F, 1>(x, x_row, from, table, n, period, step, heads, d, turn);
+    const int whole = packs<F>(d / 2) && packs<F>(x_row), N = whole ? pack_size<F> : 1;
+    auto *kernel = whole ? rope_kernel<F, pack_size<F>> : rope_kernel<F, 1>;
+    // A block takes the packs of a head, some heads of a row, as many each time, and where that leaves threads more rows.
+    const int of_head = min32(d / 2 / N, THREADS), most = THREADS / of_head, times = (heads->count + most - 1) / most, at_once = (heads->count + times - 1) / times;
+    const int rows = min32(64, THREADS / (of_head * at_once));
+    kernel<<<grid(n, rows), dim3((unsigned)of_head, (unsigned)at_once, (unsigned)rows)>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
+    LAUNCHED();
 }
 
 // ----------------------------------------------------------------------------
@@ -2771,12 +2769,6 @@ static CUtensorMap tensor_map(const bf16 *x, int64_t width, int64_t heads, int64
     return tensor_map_of_shape(x, &shape);
 }
 static int64_t slab_tokens(const AttentionShape *s, int64_t rows) { return rows / (s->H / s->KV); }
-// Whether tiles of NARROW_KEYS are for a window: what the queries of a tile of rows see of it, 519 keys for 8 queries and a window of 512, should take clearly
-// fewer keys in tiles than in those of HOPPER_KEYS (560 instead of 640).
-static int narrow_tiles(int64_t rows, const Mask *mask, const AttentionShape *s) {
-    const int64_t seen = mask->window + slab_tokens(s, rows) - 1;
-    return mask->kind == MASK_WINDOW && 20 * round_up(seen, NARROW_KEYS) < 19 * round_up(seen, HOPPER_KEYS);
-}
 static CUtensorMap query_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int64_t rows) {
     return tensor_map(x, width, s->H, s->T, s->B, row, s->H / s->KV, slab_tokens(s, rows));
 }
@@ -2855,6 +2847,13 @@ __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, c
     x->k0 = (int)lo;
     x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
     return 1;
+}
+
+// Whether a window is gone through in tiles of NARROW_KEYS: where they cover what a tile of rows sees of it with clearly fewer keys than tiles of HOPPER_KEYS
+// (519 keys for 8 queries and a window of 512: 560 instead of 640).
+static int narrow_tiles(int64_t rows, const Mask *mask, const AttentionShape *s) {
+    const int64_t seen = mask->window + slab_tokens(s, rows) - 1;
+    return mask->kind == MASK_WINDOW && 20 * round_up(seen, NARROW_KEYS) < 19 * round_up(seen, HOPPER_KEYS);
 }
 
 // The 16 rows of this warp, which is one of the warpgroup `slab` among those that compute.
@@ -3057,7 +3056,7 @@ static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const 
 }
 template <int D, int DV>
 static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    if (narrow_tiles(HopperForward<D, DV, HOPPER_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS>(out, lse, q, k, v, mask, s);
+    if (narrow_tiles(HopperForward<D, DV, NARROW_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS>(out, lse, q, k, v, mask, s);
     else hopper_forward_of_shape<D, DV, HOPPER_KEYS>(out, lse, q, k, v, mask, s);
 }
 
@@ -3802,11 +3801,11 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
-    constexpr int DQ_KEYS = D == 64 ? HOPPER_KEYS : 64;
+    constexpr int WIDE = D == 64 ? HOPPER_KEYS : 64, NARROW = D == 64 ? NARROW_KEYS : 64;       // keys of a tile of dq: at D=128 there are registers for 64
     if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
-    else if (D == 64 && narrow_tiles(HopperDq<D, DV, DQ_KEYS>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, D == 64 ? NARROW_KEYS : DQ_KEYS>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
-    else hopper_dq_of_shape<D, DV, DQ_KEYS>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else if (narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
     else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
