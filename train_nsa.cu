@@ -2806,6 +2806,9 @@ __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*
     for (int step = 0; step < ROWS / 16; step++) wgmma_turned<W>(d, left[step], swizzled_matrix(tile, ROWS, step * 16 * PANEL));
 }
 
+// x, of which the compiler is to know that all lanes of a warp have the same: what follows from it, such as the factors of wgmma, then is computed once a warp.
+HOPPER_DEVICE static inline int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
+
 // A warp has done with a buffer: all its lanes have, when one of them says so.
 HOPPER_DEVICE static inline void let_go(uint64_t *empty) {
     __syncwarp();
@@ -2845,7 +2848,7 @@ __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, c
     key_range(mask, s->t0 + x->t0, &lo, &unused);
     key_range(mask, s->t0 + min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
     x->k0 = (int)lo;
-    x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
+    x->steps = same_in_warp((int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS));
     return 1;
 }
 
@@ -2922,7 +2925,7 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
     bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + TILES;
     uint64_t *k_full = q_empty + TILES, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
-    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV;
+    const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV;
     if (threadIdx.x == 0) {
         for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
         for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(v_full + i, 1), barrier_init(k_empty + i, SLABS * 4), barrier_init(v_empty + i, SLABS * 4);
@@ -3198,7 +3201,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     #if HOPPER_CODE
     constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;       // of a warp that copies: whom it does it for
+    const int group = same_in_warp(threadIdx.x / WARPGROUP), slab = same_in_warp(group ? group - 1 : threadIdx.x / WARP);       // of a warp that copies: whom it does it for
     SelectedForward<D, DV> my;
     my.begin(hopper_shared, slab);
     if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
@@ -3370,7 +3373,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     extern __shared__ SharedKilobyte hopper_shared[];
     bf16 *q_tile = (bf16 *)hopper_shared, *dout_tile = q_tile + ROWS * D, *key_tiles = dout_tile + ROWS * DV, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + 1, *full = q_empty + 1, *empty = full + STAGES;
-    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV;
+    const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV;
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1), barrier_init(q_empty, SLABS * 4);
         for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, SLABS * 4);
@@ -3464,7 +3467,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     #if HOPPER_CODE
     constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
     extern __shared__ SharedKilobyte hopper_shared[];
-    const int group = threadIdx.x / WARPGROUP, slab = group ? group - 1 : threadIdx.x / WARP;
+    const int group = same_in_warp(threadIdx.x / WARPGROUP), slab = same_in_warp(group ? group - 1 : threadIdx.x / WARP);
     SelectedDq<D, DV> my;
     my.begin(hopper_shared, slab);
     if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
@@ -3574,7 +3577,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
-    const int group = threadIdx.x / WARPGROUP;
+    const int group = same_in_warp(threadIdx.x / WARPGROUP);
     if (threadIdx.x == 0) {
         barrier_init(keys_full, 1);
         for (int i = 0; i < STAGES; i++) barrier_init(full + i, 2 * WARP + 1), barrier_init(empty + i, Plan::USERS * WARPGROUP);      // the copying warp brings the stats too
@@ -3982,7 +3985,7 @@ hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, 
     bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * SLABS * COLUMNS * D;
     uint64_t *q_full = (uint64_t *)(key_tiles + STAGES * KEYS * D), *q_empty = q_full + TILES, *k_full = q_empty + TILES, *k_empty = k_full + STAGES;
     float *edges = (float *)(k_empty + STAGES);
-    const int group = threadIdx.x / WARPGROUP, G = s.H / s.KV, per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
+    const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV, per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
     if (threadIdx.x == 0) {
         for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
         for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, SLABS * 4);
