@@ -398,6 +398,8 @@ static inline void cp_async_8(void *to, const void *from) { emu_cp_async(to, fro
 static inline void cp_async_commit(void) { emu_cp_async_commit(); }
 template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
 static inline float power_of_2(float x) { return exp2f(x); }
+static inline unsigned two_f16(float low, float high) { return emu_f16(low) | emu_f16(high) << 16; }
+static inline float2 of_two_f16(unsigned pair) { return make_float2(emu_float_of_f16(pair & 0xffff), emu_float_of_f16(pair >> 16)); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
 template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
 template <int N> static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b) { emu_wgmma(d, N, a, 0, b, 1, true); }
@@ -450,6 +452,17 @@ __device__ static inline float power_of_2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+// Two numbers of 16 bits, 11 of them digits.
+__device__ static inline unsigned two_f16(float low, float high) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ static inline float2 of_two_f16(unsigned pair) {
+    float2 x;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
+    return x;
 }
 
 // What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
@@ -1661,15 +1674,15 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
 // kernel of its own, their weights (chunk, Nc) ever become (B,T,KV,...).
 
 enum { SELECT_NUMBERS = 1 << 26, SELECT_HEADS = 4 };      // of a chunk, enough for several waves of blocks; heads that a thread meets a key with at once
-enum { STRETCH_BLOCKS = 64 };       // whose importances one kernel writes at once: rows are whole stretches
-static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) { return round_up((s->t0 + s->T) / sel->sel_block + 1, STRETCH_BLOCKS); }
+static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) { return (s->t0 + s->T) / sel->sel_block + 1; }
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / (s->Tk + importance_row(s, sel))));
 }
-static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *sel) { return select_chunk(s, sel) * (s->Tk + importance_row(s, sel)); }
+static int64_t select_scratch(const AttentionShape *s, const SelectShape *sel) { return select_chunk(s, sel) * (s->Tk + importance_row(s, sel)); }
 
 // Places that are left to the most important blocks.
 DEVICE static inline int free_places(const SelectShape *sel) { return sel->n - sel->n_init - sel->n_local; }
+static int nothing_to_choose(const AttentionShape *s, const SelectShape *sel) { return takes_all_blocks(s->t0 + s->T, sel->n, sel->sel_block) || free_places(sel) == 0; }
 // The blocks before this one are those that query t may choose of, or takes in any case because they are the first; 0: it has no choice, and takes all.
 template <typename I>
 DEVICE static inline I choice_end(I t, const SelectShape *sel) {
@@ -1741,37 +1754,49 @@ __device__ static inline float comparable(float importance) { return importance 
 // Eq. 11, 12: a warp a row, whose importances pass by from the last to the first, as recent blocks often are the most important. The best so far are kept
 // in order, one a lane, so there are at most WARP of them; of equal ones the first block is ahead. Importances are not negative: they compare as their bits
 // do, and 0 stands for none.
+struct BestBlocks {
+    int wanted, kept_at = INT_MAX;
+    unsigned kept = 0, least = 1;       // bits of an importance, plus 1; what takes a place is at least `least`
+
+    __device__ explicit BestBlocks(int places) : wanted(places) {}
+    // WARP blocks: this lane's is j0 - lane, and `there` says whether it may be chosen.
+    __device__ void meet(int j0, int there, float importance) {
+        const unsigned value = there ? __float_as_uint(comparable(importance)) + 1 : 0;
+        for (unsigned better = __ballot_sync(~0u, value >= least); better; better &= better - 1) {
+            const int from = __ffs((int)better) - 1;
+            const unsigned one = __shfl_sync(~0u, value, from), before = __shfl_up_sync(~0u, kept, 1);
+            const int before_at = __shfl_up_sync(~0u, kept_at, 1), place = __popc(__ballot_sync(~0u, kept > one));
+            if (lane() > place) kept = before, kept_at = before_at;
+            if (lane() == place) kept = one, kept_at = j0 - from;
+            const unsigned last = __shfl_sync(~0u, kept, wanted - 1);
+            least = last > 1 ? last : 1;
+            better &= __ballot_sync(~0u, value >= least) | 1u << from;
+        }
+    }
+    __device__ void store(int *idx) const {
+        int rank = 0;
+        for (int place = 0; place < wanted; place++) rank += __shfl_sync(~0u, kept_at, place) < kept_at;
+        if (lane() < wanted) idx[rank] = kept_at;
+    }
+};
+
 enum { CHOICE_LOADS = 8 };      // importances of a lane that are on their way at once
 __global__ void select_few_kernel(int *block_idx, float *importance, int64_t row_size, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
     Choice x;
     if (!choice_of(&x, global_warp(), block_idx, row0, rows, &s, &sel)) return;
     importance += global_warp() * row_size;
-    const int wanted = free_places(&sel);
-    unsigned kept = 0, least = 1;       // bits of an importance, plus 1; what takes a place is at least `least`
-    int kept_at = INT_MAX;
+    BestBlocks best(free_places(&sel));
     for (int j0 = x.last - 1; j0 >= x.first; j0 -= CHOICE_LOADS * WARP) {
-        unsigned value[CHOICE_LOADS];
+        float of[CHOICE_LOADS];
         #pragma unroll
         for (int u = 0; u < CHOICE_LOADS; u++) {
             const int j = j0 - u * WARP - lane();
-            value[u] = j >= x.first ? __float_as_uint(comparable(importance[j])) + 1 : 0;
+            of[u] = j >= x.first ? importance[j] : 0;
         }
         #pragma unroll
-        for (int u = 0; u < CHOICE_LOADS; u++)
-            for (unsigned better = __ballot_sync(~0u, value[u] >= least); better; better &= better - 1) {
-                const int from = __ffs((int)better) - 1;
-                const unsigned one = __shfl_sync(~0u, value[u], from), before = __shfl_up_sync(~0u, kept, 1);
-                const int before_at = __shfl_up_sync(~0u, kept_at, 1), place = __popc(__ballot_sync(~0u, kept > one));
-                if (lane() > place) kept = before, kept_at = before_at;
-                if (lane() == place) kept = one, kept_at = j0 - u * WARP - from;
-                const unsigned last = __shfl_sync(~0u, kept, wanted - 1);
-                least = last > 1 ? last : 1;
-                better &= __ballot_sync(~0u, value[u] >= least) | 1u << from;
-            }
+        for (int u = 0; u < CHOICE_LOADS; u++) best.meet(j0 - u * WARP, j0 - u * WARP - lane() >= x.first, of[u]);
     }
-    int rank = 0;
-    for (int place = 0; place < wanted; place++) rank += __shfl_sync(~0u, kept_at, place) < kept_at;
-    if (lane() < wanted) x.idx[sel.n_init + rank] = kept_at;
+    best.store(x.idx + sel.n_init);
 }
 
 // The same for any n: taken blocks are marked by an importance of -1.
@@ -2043,14 +2068,16 @@ __device__ static inline SeenKeys seen_keys(const FastRows *x, const Mask *mask,
     return seen;
 }
 
-// p (16,KEYS) of a warp's rows and the keys from k0 on: those that a row does not see, or that are not before `end`, become `value`.
-template <int KEYS>
+// p (16,KEYS) of a warp's rows and the keys from k0 on: those that a row does not see, or that are not before `end`, become `value`. Keys may stand in the
+// order of their place in a block of PER_BLOCK keys: the first of every block, then the second, and so on.
+template <int KEYS, int PER_BLOCK = 1>
 __device__ static inline void hide_keys(float (*p)[4], int k0, int end, const SeenKeys *seen, float value) {
+    constexpr int BLOCKS = KEYS / PER_BLOCK;
     #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
         #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int key = k0 + n * 8 + lane() % 4 * 2 + e % 2;
+            const int key = k0 + (n * 8 % BLOCKS + lane() % 4 * 2 + e % 2) * PER_BLOCK + n * 8 / BLOCKS;
             if (key < seen->lo[e / 2] || key >= min32(seen->hi[e / 2], end)) p[n][e] = value;
         }
 }
@@ -2907,6 +2934,19 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
 // ----------------------------------------------------------------------------
 // Forward on Hopper. The scores of the next tile of keys are on their way while the exponentials of this one are made; warpgroups take turns at
 // issuing their products, so that one makes exponentials while another multiplies.
+//
+// Of the compressed branch the choice of blocks wants the weights once more, summed over the keys of each selected block (eq. 9) and over the heads of a
+// group (eq. 10). The exponentials are here; but their row's log-sum-exp, without which heads cannot be summed, is known only at its end. So CHOOSES leaves the
+// first of the two sums in memory, for each row and block, under the highest score of the row as far as that tile, which it leaves with them.
+// Keys of a tile stand in the order of their place in a block: a lane then has all four of a block, and what its last one gives to the next block is
+// its neighbour's.
+
+enum { CHOICE_KEYS = 4, TILE_BLOCKS = HOPPER_KEYS / CHOICE_KEYS };       // compressed keys that begin in a selected block; selected blocks of a tile
+enum { WEIGHT_SHIFT = 12 };     // weights are left times 2^12: the least number of 16 bits is then 2^-36 of the weight of the highest score, the largest sum 2^15
+// of (N,H,row): block j's weight; top (tiles,N·H): the score, times log2(e)/sqrt(D), under whose exponential a tile's weights are.
+typedef struct BlockWeights { unsigned short *of; float *top; unsigned row, rows; } BlockWeights;
+// CHOOSES reads keys i = CHOICE_KEYS·j + c by their block j: `more` has the blocks of the first `rest` places, of which there is one more than of the others.
+typedef struct KeyMaps { CUtensorMap k, v, more_k, more_v; int rest; } KeyMaps;
 
 template <int D, int DV, int KEYS>
 struct HopperForward {
@@ -2914,11 +2954,20 @@ struct HopperForward {
     enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES };
 };
 
-template <int D, int DV, int KEYS>
+template <int W>
+__device__ static inline void copy_blocks(bf16 *tile, const CUtensorMap *map, const CUtensorMap *more, int rest, int b, int k0, int kv, uint64_t *full) {
+    #pragma unroll
+    for (int c = 0; c < CHOICE_KEYS; c++)
+        #pragma unroll
+        for (int panel = 0; panel < W / PANEL; panel++)
+            copy_box(tile + (panel * HOPPER_KEYS + c * TILE_BLOCKS) * PANEL, c < rest ? more : map, kv * W + panel * PANEL, k0 / CHOICE_KEYS, c, b, full);
+}
+
+template <int D, int DV, int KEYS, bool CHOOSES>
 __global__ void __launch_bounds__(HopperForward<D, DV, KEYS>::THREADS, 1)
-hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                      Mask mask, AttentionShape s) {
+hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ KeyMaps maps, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
+    static_assert(!CHOOSES || KEYS == HOPPER_KEYS, "tiles of whole blocks");
     typedef HopperForward<D, DV, KEYS> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES, TILES = Plan::TILES;
     extern __shared__ SharedKilobyte hopper_shared[];
@@ -2947,11 +2996,13 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
             for (int i = 0; i < x.steps; i++) {
                 barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
                 barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &k_map, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
+                if constexpr (CHOOSES) copy_blocks<D>(key_tiles + k_ring.at * KEYS * D, &maps.k, &maps.more_k, maps.rest, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
+                else copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &maps.k, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
                 k_ring.next();
                 barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
                 barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &v_map, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
+                if constexpr (CHOOSES) copy_blocks<DV>(value_tiles + v_ring.at * KEYS * DV, &maps.v, &maps.more_v, maps.rest, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
+                else copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &maps.v, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
                 v_ring.next();
             }
         }
@@ -2971,6 +3022,14 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
         bf16 *q_tile = q_tiles + q_ring.at * ROWS * D;
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
+        float before[2] = {0, 0};               // what the last block of the tile before gives to the first of this one
+        unsigned of_at[2] = {0, 0}, top_at[2] = {0, 0};     // where in `left` this lane's blocks of its rows go
+        if constexpr (CHOOSES)
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                top_at[i] = (unsigned)place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s);
+                of_at[i] = top_at[i] * left.row + lane() % 4 * 2;
+            }
 
         const auto issue_scores = [&] {
             barrier_wait(k_full + k_ring.at, k_ring.parity);
@@ -2985,8 +3044,31 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
             factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
+        // The weights of the tile whose exponentials were made last, while products with them and with the next tile are on their way. A key weighs as many pieces
+        // of it as lie in the block, 2, 2, 2 and 1; the last one's other piece is the next block's.
+        const auto leave_weights = [&] {
+            constexpr int GROUPS = TILE_BLOCKS / 8;
+            constexpr float ONE = 1 << WEIGHT_SHIFT;
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const bool there = rows.first + lane() / 4 + i * 8 <= rows.last;
+                before[i] *= shrink[i];
+                #pragma unroll
+                for (int n = 0; n < GROUPS; n++) {
+                    const auto key = [&](int c) { return weights[(c * GROUPS + n) / 2][(c * GROUPS + n) % 2 * 2 + i]; };     // of two blocks
+                    const float last[2] = {low_of(key(3)), high_of(key(3))}, neighbour = __shfl_sync(~0u, last[1], lane() ^ lane() % 4 ^ (lane() + 3) % 4);
+                    const float low = 2 * ONE * (low_of(key(0)) + low_of(key(1)) + low_of(key(2))) + ONE * (last[0] + (lane() % 4 ? neighbour : before[i]));
+                    const float high = 2 * ONE * (high_of(key(0)) + high_of(key(1)) + high_of(key(2))) + ONE * (last[1] + last[0]);
+                    before[i] = neighbour;
+                    if (there) *(unsigned *)(left.of + of_at[i] + n * 8) = two_f16(low, high);
+                }
+                if (there && lane() % 4 == 0) left.top[top_at[i]] = top[i] * scale2;
+                of_at[i] += TILE_BLOCKS;
+                top_at[i] += left.rows;
+            }
+        };
         const auto exponentials = [&](int k0) {
-            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS>(p, k0, INT_MAX, &seen, -INFINITY);
+            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS, CHOOSES ? CHOICE_KEYS : 1>(p, k0, INT_MAX, &seen, -INFINITY);
             online_softmax<KEYS>(p, top, sum, shrink, scale2);
         };
         const auto as_weights = [&] {
@@ -3008,6 +3090,7 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
                 issue_scores();
                 issue_values();
                 pass_turn();
+                if constexpr (CHOOSES) leave_weights();
                 wgmma_wait<1>();
                 wgmma_done<KEYS>(p);
                 let_go(k_empty + k_ring.at);
@@ -3024,6 +3107,7 @@ hopper_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap
                 as_weights();
             }
             issue_values();
+            if constexpr (CHOOSES) leave_weights();
             wgmma_wait<0>();
             wgmma_done<DV>(o);
             let_go(v_empty + v_ring.at);
@@ -3046,21 +3130,37 @@ static unsigned row_blocks(const AttentionShape *s) {
     return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
 }
 
-template <int D, int DV, int KEYS>
-static void hopper_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+// A map of the keys or values x (B,Tk,KV,width) for CHOOSES: (text, place in a block, block, head and channel). With `one_more` there is a block behind those
+// that are whole, of fewer places.
+static CUtensorMap block_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int one_more) {
+    const int64_t whole = s->Tk / CHOICE_KEYS, rest = s->Tk % CHOICE_KEYS;
+    const TensorShape shape = {{s->KV * width, whole + one_more, one_more ? rest : CHOICE_KEYS, s->B}, {1, CHOICE_KEYS * row, row, s->Tk * row}, {PANEL, TILE_BLOCKS, 1, 1}};
+    return tensor_map_of_shape(x, &shape);
+}
+
+template <int D, int DV, int KEYS, bool CHOOSES>
+static void hopper_forward_of_shape(bf16 *out, float *lse, BlockWeights left, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
     typedef HopperForward<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS);
-    // without keys none is read, but a map must be of something
-    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, KEYS) : q_map;
-    allow_shared(hopper_forward_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
-    hopper_forward_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, q_map, k_map, v_map, *mask, *s);
+    KeyMaps maps = {q_map, q_map, q_map, q_map, 0};        // without keys none is read, but a map must be of something
+    if (CHOOSES) {
+        maps.rest = (int)(s->Tk % CHOICE_KEYS);
+        if (s->Tk >= CHOICE_KEYS) maps.k = block_map(k, D, s->k_row, s, 0), maps.v = block_map(v, DV, s->v_row, s, 0);
+        if (maps.rest) maps.more_k = block_map(k, D, s->k_row, s, 1), maps.more_v = block_map(v, DV, s->v_row, s, 1);
+    } else if (s->Tk) {
+        maps.k = key_map(k, D, s->k_row, s, KEYS), maps.v = key_map(v, DV, s->v_row, s, KEYS);
+    }
+    const auto kernel = hopper_forward_kernel<D, DV, KEYS, CHOOSES>;
+    allow_shared(kernel, bytes, FAST_NAME, FAST_FIX);
+    kernel<<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, left, q_map, maps, *mask, *s);
     LAUNCHED();
 }
 template <int D, int DV>
 static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    if (narrow_tiles(HopperForward<D, DV, NARROW_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS>(out, lse, q, k, v, mask, s);
-    else hopper_forward_of_shape<D, DV, HOPPER_KEYS>(out, lse, q, k, v, mask, s);
+    const BlockWeights none = {NULL, NULL, 0, 0};
+    if (narrow_tiles(HopperForward<D, DV, NARROW_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS, false>(out, lse, none, q, k, v, mask, s);
+    else hopper_forward_of_shape<D, DV, HOPPER_KEYS, false>(out, lse, none, q, k, v, mask, s);
 }
 
 // ----------------------------------------------------------------------------
@@ -3938,247 +4038,87 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 }
 
 // ----------------------------------------------------------------------------
-// Selection on Hopper: importances (rows, importance_row) in one kernel. Scores are turned as above, with whole heads and whole blocks in a thread, so that
-// neither the sum over heads (eq. 10) nor that over the keys of a block (eq. 9) moves anything between lanes:
-//
-//   columns   of the product, rows of the tile of queries, are (pair of heads, token of 4, head of 2): a lane of a quad has all heads of its token,
-//             4·HEADS columns are 4 tokens. Heads that a group has not are neighbours' or zeros, and weigh nothing.
-//   rows      tile c of a stretch is compressed key c of each of its STRETCH_BLOCKS blocks: i = per_block·j + c. Of its pieces, as no compressed block is longer
-//             than a selected one, some are in block j and the others in j + 1: a thread adds both up over the tiles, and a stretch ends with what its first
-//             block gets from the one before.
-//
-// Every warpgroup has its own queries and meets the tiles of keys that all share. The products with the next tile are on their way while this one's powers
-// of 2 are made, which alone take as long at D = 128 and twice as long at D = 64.
+// Selection on Hopper: hopper_forward_kernel has left the weight of each block in each row; what is to do is to sum them over the heads of a group (eq. 10), each
+// under its log-sum-exp, and to choose. Texts, or where one is too long stretches of its queries, are done one after the other, so that the weights of a
+// few thousand queries are all that lies in memory.
 
-enum { CHOICE_SLABS = 2, CHOICE_COLUMNS = 128 };
-static int padded_heads(const AttentionShape *s) {
-    const int G = s->H / s->KV;
-    return G <= 4 ? 4 : G <= 8 ? 8 : G <= 16 ? 16 : 32;
+enum { WEIGHT_NUMBERS = 1 << 27, CHOICE_HEADS = WARP / 2, CHOICE_BLOCKS = 2 * TILE_BLOCKS };     // f32 numbers' worth of weights; heads and blocks that a warp reads at once
+
+// 1 if the branch's kernel can leave weights: of blocks as the paper has them, four compressed ones long and each of these two strides, the last of which is
+// local and not to be chosen, so that the tiles that a query sees are all that matter.
+static int hopper_choice(const AttentionShape *s, const SelectShape *sel, const Mask *mask) {
+    return hopper_attention(s, mask) && sel->sel_block == CHOICE_KEYS * sel->cmp_stride && sel->cmp_block == 2 * sel->cmp_stride && sel->n_local > 0 &&
+           free_places(sel) > 0 && free_places(sel) <= WARP;
 }
-template <int D, int HEADS>
-struct HopperImportance {
-    enum { SLABS = CHOICE_SLABS, COLUMNS = CHOICE_COLUMNS, SETS = COLUMNS / (4 * HEADS), TOKENS = 4 * SETS, KEYS = STRETCH_BLOCKS, STAGES = D == 64 ? 8 : 5, TILES = 2 };
-    enum { THREADS = (SLABS + 1) * WARPGROUP, BLOCK_TOKENS = SLABS * TOKENS, EDGES = 3 * 4 * TOKENS, BARRIERS = 2 * TILES + 2 * STAGES };
-    enum { BYTES = (TILES * SLABS * COLUMNS + STAGES * KEYS) * D * 2 + BARRIERS * 8 + SLABS * EDGES * 4 };
-};
-// The `round`-th tile of queries of this block, tokens t0 .. t0 + TOKENS - 1 of (b, kv), which are to know the importance of the first `blocks` blocks.
-typedef struct ChoiceTile { int b, kv, t0, blocks; } ChoiceTile;
-template <int TOKENS>
-__device__ static inline int choice_tile(ChoiceTile *x, int round, int first_tile, int tiles, const AttentionShape *s, const SelectShape *sel) {
-    const int item = (int)item_to_and_fro(round), T = (int)s->T, per_text = (T + TOKENS - 1) / TOKENS, tile = first_tile + tiles - 1 - item / s->KV;
-    if (item >= tiles * s->KV) return 0;
-    x->b = tile / per_text;
-    x->kv = item % s->KV;
-    x->t0 = tile % per_text * TOKENS;
-    x->blocks = choice_end((int)s->t0 + min32(x->t0 + TOKENS, T) - 1, sel);
-    return 1;
+static int64_t weight_row(const AttentionShape *s, const SelectShape *sel) { return round_up(importance_row(s, sel), CHOICE_BLOCKS); }
+static int64_t weight_numbers(const AttentionShape *s, const SelectShape *sel) {        // of a query
+    const int64_t row = weight_row(s, sel);
+    return s->H * (row / 2 + row / TILE_BLOCKS);
+}
+// Texts, and queries of one, that are done at once: whole texts or whole waves of tiles.
+static int64_t choice_queries(int64_t *texts, const AttentionShape *s, const SelectShape *sel) {
+    const int64_t most = max64(1, WEIGHT_NUMBERS / weight_numbers(s, sel)), tile = slab_tokens(s, (s->D == 64 ? 3 : 2) * SLAB_ROWS), wave = max64(1, gpu.multiProcessorCount / s->KV) * tile;
+    *texts = max64(1, min64(s->B, most / s->T));
+    return most >= s->T ? s->T : most > wave ? most / wave * wave : max64(tile, most / tile * tile);
+}
+static int64_t hopper_choice_scratch(const AttentionShape *s, const SelectShape *sel) {
+    int64_t texts;
+    const int64_t queries = choice_queries(&texts, s, sel);
+    return texts * queries * weight_numbers(s, sel);
 }
 
-template <int D, int HEADS>
-__global__ void __launch_bounds__(HopperImportance<D, HEADS>::THREADS, 1)
-hopper_importance_kernel(float *importance, int64_t row_size, const float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                         const __grid_constant__ CUtensorMap last_map, int64_t row0, int64_t rows, int first_tile, int tiles, AttentionShape s, SelectShape sel) {
-    #if HOPPER_CODE
-    typedef HopperImportance<D, HEADS> Plan;
-    constexpr int SLABS = Plan::SLABS, COLUMNS = Plan::COLUMNS, SETS = Plan::SETS, TOKENS = Plan::TOKENS, KEYS = Plan::KEYS, STAGES = Plan::STAGES, TILES = Plan::TILES;
-    extern __shared__ SharedKilobyte hopper_shared[];
-    bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * SLABS * COLUMNS * D;
-    uint64_t *q_full = (uint64_t *)(key_tiles + STAGES * KEYS * D), *q_empty = q_full + TILES, *k_full = q_empty + TILES, *k_empty = k_full + STAGES;
-    float *edges = (float *)(k_empty + STAGES);
-    const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV, per_block = sel.sel_block / sel.cmp_stride, pieces = sel.cmp_block / sel.cmp_stride;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
-        for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(k_empty + i, SLABS * 4);
-        barriers_ready();
-    }
-    __syncthreads();
-    ChoiceTile x;
-    Ring<TILES> q_ring;
-    Ring<STAGES> k_ring;
-
-    if (group == 0) {
-        registers_fewer<copy_registers<SLABS>>();
-        if (threadIdx.x > 0) return;
-        const int with_one_more = (int)(s.Tk % per_block);      // keys c of a block before this one are in the last block, too
-        for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
-            if (!x.blocks) continue;
-            barrier_wait(q_empty + q_ring.at, q_ring.parity ^ 1);
-            barrier_expect(q_full + q_ring.at, SLABS * COLUMNS * D * 2);
-            for (int set = 0; set < SLABS * SETS; set++)
-                copy_tile<D>(q_tiles + ((q_ring.at * SLABS + set / SETS) * COLUMNS * (D / PANEL) + set % SETS * 4 * HEADS) * PANEL, COLUMNS, &q_map,
-                             x.kv * G / 2, x.b * (int)s.T + x.t0 + set * 4, 0, q_full + q_ring.at);
-            q_ring.next();
-            for (int block0 = 0; block0 < x.blocks; block0 += KEYS)
-                for (int c = 0; c < per_block; c++) {
-                    barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
-                    barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                    #pragma unroll
-                    for (int panel = 0; panel < D / PANEL; panel++)
-                        copy_box(key_tiles + (k_ring.at * D + panel * PANEL) * KEYS, c < with_one_more ? &last_map : &k_map, x.kv * D + panel * PANEL, block0, c, x.b, k_full + k_ring.at);
-                    k_ring.next();
-                }
+// A warp a row (b,t,kv). A lane sums up two blocks over the heads; how much a weight of a head counts, one lane finds out for all.
+__global__ void __launch_bounds__(THREADS, 5) choose_by_weights_kernel(int *block_idx, BlockWeights left, const float *lse, AttentionShape s, SelectShape sel) {
+    Choice x;
+    const int64_t rows = s.B * s.T * s.KV, row = rows - 1 - global_warp();      // late queries, which have the most blocks, come first
+    if (row < 0 || !choice_of(&x, row, block_idx, 0, rows, &s, &sel)) return;
+    const int G = s.H / s.KV;
+    const int64_t first_head = row / s.KV * s.H + row % s.KV * G;
+    BestBlocks best(free_places(&sel));
+    for (int block0 = (x.last - 1) / CHOICE_BLOCKS * CHOICE_BLOCKS; block0 >= 0 && block0 + CHOICE_BLOCKS > x.first; block0 -= CHOICE_BLOCKS) {
+        unsigned at = (unsigned)(first_head * left.row) + block0 + CHOICE_BLOCKS - 2 - lane() * 2;
+        float sum[2] = {0, 0};
+        for (int h0 = 0; h0 < G; h0 += CHOICE_HEADS) {
+            const int h = h0 + lane() % CHOICE_HEADS, tile = block0 / TILE_BLOCKS + 1 - lane() / CHOICE_HEADS;
+            const float factor = h < G ? power_of_2(left.top[tile * (int64_t)left.rows + first_head + h] - lse[first_head + h] * LOG2E) : 0;
+            unsigned two[CHOICE_HEADS];
+            #pragma unroll
+            for (int i = 0; i < CHOICE_HEADS; i++, at += left.row) two[i] = h0 + i < G ? *(const unsigned *)(left.of + at) : 0;
+            #pragma unroll
+            for (int i = 0; i < CHOICE_HEADS; i++) {
+                const float of_head = __shfl_sync(~0u, factor, lane() / CHOICE_HEADS * CHOICE_HEADS + i);
+                const float2 weight = of_two_f16(two[i]);
+                sum[0] += of_head * weight.x;
+                sum[1] += of_head * weight.y;
+            }
         }
-        return;
-    }
-
-    registers_more<compute_registers<SLABS>>();
-    const int slab = group - 1, warp = (int)(threadIdx.x / WARP) % 4, quad = lane() % 4, block_of_lane = warp * MMA_ROWS + lane() / 4;
-    const float scale2 = LOG2E / sqrtf((float)D);
-    float *const edge = edges + slab * Plan::EDGES;      // (stretches of three, warp, token): what the block behind a warp's last one gets
-    Ring<3> edge_ring;      // of three, as some warps may still read of the stretch before the last one
-    Ring<STAGES> done_ring;
-
-    for (int round = 0; choice_tile<Plan::BLOCK_TOKENS>(&x, round, first_tile, tiles, &s, &sel); round++) {
-        if (!x.blocks) continue;
-        const int count = (x.blocks + KEYS - 1) / KEYS * per_block;         // tiles of keys
-        const bf16 *q_tile = q_tiles + (q_ring.at * SLABS + slab) * COLUMNS * D;
-        // This lane's tokens are t, t + 4, ...; those from `from` on and before `to` are rows of this call that have a choice.
-        const int t = x.t0 + slab * TOKENS + quad;
-        const int64_t row = (x.b * s.T + t) * s.KV + x.kv - row0, before = max64(0, -row + s.KV - 1) / s.KV;
-        const int from = (int)max64(t + before, (int64_t)sel.n * sel.sel_block - s.t0), to = (int)min64(s.T, t + max64(0, rows - row + s.KV - 1) / s.KV);
-        float *to_row = importance + row * row_size + block_of_lane;
-        float lse2[SETS][HEADS], own[SETS][2] = {{0}}, next[SETS][2] = {{0}}, p[COLUMNS / 8][4], p_after[COLUMNS / 8][4];
-        int c = 0, block0 = 0;
         #pragma unroll
-        for (int set = 0; set < SETS; set++)
-            #pragma unroll
-            for (int h = 0; h < HEADS; h += 2) {
-                const float2 two = t + set * 4 < (int)s.T && h < G ? *(const float2 *)(lse + (x.b * s.T + t + set * 4) * s.H + x.kv * G + h) : make_float2(INFINITY, INFINITY);
-                lse2[set][h] = two.x * LOG2E;
-                lse2[set][h + 1] = two.y * LOG2E;
-            }
-
-        const auto issue_scores = [&](float (*to)[4]) {
-            barrier_wait(k_full + k_ring.at, k_ring.parity);
-            wgmma_begin();
-            slab_times_turned<D, COLUMNS>(to, key_tiles + k_ring.at * KEYS * D, KEYS, q_tile, COLUMNS);
-            wgmma_commit();
-            k_ring.next();
-        };
-        const auto scores_done = [&](float (*of)[4]) {
-            wgmma_done<COLUMNS>(of);
-            let_go(k_empty + done_ring.at);
-            done_ring.next();
-        };
-        // The end of a stretch: what the keys of a block give to the next one goes there, and the blocks' importances to memory.
-        const auto store_stretch = [&] {
-            #pragma unroll
-            for (int set = 0; set < SETS; set++)
-                if (lane() >= WARP - 4) edge[(edge_ring.at * 4 + warp) * TOKENS + set * 4 + quad] = next[set][1];
-            threads_sync(1 + slab, WARPGROUP);
-            const float *before = edge + (warp ? edge_ring.at * 4 + warp - 1 : (edge_ring.at + 2) % 3 * 4 + 3) * TOKENS + quad;
-            float *to_blocks = to_row + block0;
-            #pragma unroll
-            for (int set = 0; set < SETS; set++, to_blocks += 4 * s.KV * row_size) {
-                const float low = __shfl_sync(~0u, next[set][0], (lane() + WARP - 4) % WARP), high = __shfl_sync(~0u, next[set][1], (lane() + WARP - 4) % WARP);
-                if (t + set * 4 >= from && t + set * 4 < to) {
-                    to_blocks[0] = own[set][0] + (lane() >= 4 ? low : block0 + warp ? before[set * 4] : 0);
-                    to_blocks[8] = own[set][1] + (lane() >= 4 ? high : low);
-                }
-                own[set][0] = own[set][1] = next[set][0] = next[set][1] = 0;
-            }
-            edge_ring.next();
-        };
-        const auto weigh = [&](const float (*of)[4]) {
-            const float here = (float)(int)pieces_inside(c, 0, pieces, per_block), beyond = (float)pieces - here;
-            const int key = (block0 + block_of_lane) * per_block + c;
-            if (block0 + warp * MMA_ROWS < x.blocks) {
-                #pragma unroll
-                for (int set = 0; set < SETS; set++) {
-                    float sum[2] = {0, 0};
-                    #pragma unroll
-                    for (int h = 0; h < HEADS; h++)
-                        #pragma unroll
-                        for (int i = 0; i < 2; i++) sum[i] += power_of_2(of[set * HEADS / 2 + h / 2][i * 2 + h % 2] * scale2 - lse2[set][h]);
-                    #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        if ((key + i * 8 * per_block) * sel.cmp_stride + sel.cmp_block - 1 > (int)s.t0 + t + set * 4) sum[i] = 0;
-                        own[set][i] += here * sum[i];
-                        next[set][i] += beyond * sum[i];
-                    }
-                }
-            }
-            if (++c < per_block) return;
-            store_stretch();
-            c = 0;
-            block0 += KEYS;
-        };
-
-        barrier_wait(q_full + q_ring.at, q_ring.parity);
-        issue_scores(p);
-        int left = count;
-        for (; left > 2; left -= 2) {
-            issue_scores(p_after);
-            wgmma_wait<1>();
-            scores_done(p);
-            weigh(p);
-            issue_scores(p);
-            wgmma_wait<1>();
-            scores_done(p_after);
-            weigh(p_after);
+        for (int half = 0; half < 2; half++) {
+            const float low = __shfl_sync(~0u, sum[0], half * 16 + lane() / 2), high = __shfl_sync(~0u, sum[1], half * 16 + lane() / 2);
+            const int j0 = block0 + CHOICE_BLOCKS - 1 - half * WARP, j = j0 - lane();
+            best.meet(j0, j >= x.first && j < x.last, lane() % 2 ? low : high);
         }
-        if (left == 2) {
-            issue_scores(p_after);
-            wgmma_wait<1>();
-            scores_done(p);
-            weigh(p);
-            wgmma_wait<0>();
-            scores_done(p_after);
-            let_go(q_empty + q_ring.at);
-            weigh(p_after);
-        } else {
-            wgmma_wait<0>();
-            scores_done(p);
-            let_go(q_empty + q_ring.at);
-            weigh(p);
-        }
-        q_ring.next();
     }
-    #endif
+    best.store(x.idx + sel.n_init);
 }
 
-// 1 if this tier takes the choice: whole pairs of heads, two groups of 64 columns at most for 4 tokens. Where there is no place to choose for, there may not even
-// be keys.
-static int hopper_select(const AttentionShape *s, const SelectShape *sel, const Mask *mask) {
-    const int64_t G = s->H / s->KV;
-    return hopper_attention(s, mask) && G % 2 == 0 && G <= 32 && free_places(sel) > 0;
-}
-
-// Rows of a chunk: the same memory as for weights and importances, and whole waves of blocks.
-static int64_t hopper_select_chunk(const AttentionShape *s, const SelectShape *sel) {
-    const int64_t most = gpu_select_scratch(s, sel) / importance_row(s, sel), wave = CHOICE_SLABS * CHOICE_COLUMNS / padded_heads(s) * (int64_t)gpu.multiProcessorCount;
-    return most > wave ? most / wave * wave : most;
-}
-
-template <int D, int HEADS>
-static void hopper_importance_of_shape(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    typedef HopperImportance<D, HEADS> Plan;
-    const TokenTiles tiles = tiles_of_rows(Plan::BLOCK_TOKENS, row0, rows, s);
-    const int64_t per_block = sel->sel_block / sel->cmp_stride, whole = s->Tk / per_block, rest = s->Tk % per_block;
-    // (pair of heads, token, head of the pair, channel), texts one behind the other; (text, compressed key of a block, block, head and channel)
-    const TensorShape queries = {{D, 2, s->B * s->T, s->H / 2}, {1, D, s->q_row, 2 * D}, {PANEL, 2, 4, HEADS / 2}};
-    const TensorShape keys = {{s->KV * D, whole, per_block, s->B}, {1, per_block * s->k_row, s->k_row, s->Tk * s->k_row}, {PANEL, Plan::KEYS, 1, 1}};
-    TensorShape last = keys;        // the first `rest` keys of a block, as the block behind the last whole one has them
-    if (rest) last.size[1] = whole + 1, last.size[2] = rest;
-    const CUtensorMap q_map = tensor_map_of_shape(q, &queries), k_map = tensor_map_of_shape(k, &keys), last_map = tensor_map_of_shape(k, &last);
-    const unsigned blocks = (unsigned)min64(gpu.multiProcessorCount, tiles.count * s->KV);
-    allow_shared(hopper_importance_kernel<D, HEADS>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_importance_kernel<D, HEADS><<<blocks, Plan::THREADS, (size_t)Plan::BYTES>>>(importance, importance_row(s, sel), lse, q_map, k_map, last_map, row0, rows,
-                                                                                                  (int)tiles.first, (int)tiles.count, *s, *sel);
-    LAUNCHED();
-}
-
-template <int D>
-static void hopper_importance_of_width(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    const auto of_shape = padded_heads(s) == 4 ? hopper_importance_of_shape<D, 4> : padded_heads(s) == 8 ? hopper_importance_of_shape<D, 8>
-                        : padded_heads(s) == 16 ? hopper_importance_of_shape<D, 16> : hopper_importance_of_shape<D, 32>;
-    of_shape(importance, q, k, lse, row0, rows, s, sel);
-}
-
-// importance (rows, importance_row) of the blocks that the rows row0 .. row0+rows-1 of (b,t,kv) may choose of; behind these some that mean nothing.
-static void hopper_importance(float *importance, const bf16 *q, const bf16 *k, const float *lse, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    if (s->D == 64) hopper_importance_of_width<64>(importance, q, k, lse, row0, rows, s, sel);
-    else hopper_importance_of_width<128>(importance, q, k, lse, row0, rows, s, sel);
+static void hopper_compressed_forward(bf16 *out, float *lse, int *block_idx, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s,
+                                      const SelectShape *sel, float *scratch) {
+    int64_t texts;
+    const int64_t queries = choice_queries(&texts, s, sel);
+    const auto of_shape = s->D == 64 ? hopper_forward_of_shape<64, 64, HOPPER_KEYS, true> : hopper_forward_of_shape<128, 128, HOPPER_KEYS, true>;
+    for (int64_t b = 0; b < s->B; b += texts)
+        for (int64_t t = 0; t < s->T; t += queries) {
+            AttentionShape part = *s;
+            part.B = min64(texts, s->B - b);
+            part.T = min64(queries, s->T - t);
+            part.t0 += t;
+            const int64_t token = b * s->T + t, rows = part.B * part.T * s->H;
+            const BlockWeights left = {(unsigned short *)scratch, scratch + rows * weight_row(s, sel) / 2, (unsigned)weight_row(s, sel), (unsigned)rows};
+            of_shape(out + token * s->H * s->Dv, lse + token * s->H, left, q + token * s->q_row, k + b * s->Tk * s->k_row, v + b * s->Tk * s->v_row, mask, &part);
+            choose_by_weights_kernel<<<grid(part.B * part.T * s->KV, WARPS), THREADS>>>(block_idx + token * s->KV * sel->n, left, lse + token * s->H, part, *sel);
+            LAUNCHED();
+        }
 }
 
 // ----------------------------------------------------------------------------
@@ -4217,26 +4157,37 @@ static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, c
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
 
-// k (B,Tk,KV,D) are the compressed keys, lse that of the compressed branch.
+// The choice of blocks; k (B,Tk,KV,D) are the compressed keys, lse that of the compressed branch.
 template <typename F>
 static void gpu_select_forward(int *block_idx, const F *q, const F *k, const float *lse, const AttentionShape *s, const SelectShape *sel, const Mask *mask, float *scratch) {
-    constexpr int IS_BF16 = std::is_same<F, bf16>::value;
-    const int none = takes_all_blocks(s->t0 + s->T, sel->n, sel->sel_block) || free_places(sel) == 0;     // nothing to weigh
-    const int fast = IS_BF16 && fast_attention(s, mask), hopper = fast && hopper_select(s, sel, mask);
-    const int64_t rows = s->B * s->T * s->KV, chunk = hopper ? hopper_select_chunk(s, sel) : select_chunk(s, sel);
+    const int none = nothing_to_choose(s, sel), fast = std::is_same<F, bf16>::value && fast_attention(s, mask);
+    const int64_t rows = s->B * s->T * s->KV, chunk = select_chunk(s, sel);
     float *importance = scratch, *weights = importance + chunk * importance_row(s, sel);
     for (int64_t row = 0; row < rows; row += chunk) {
         const int64_t n = min64(chunk, rows - row);
-        if (!none && !hopper) {
-            if constexpr (IS_BF16)
+        if (!none) {
+            if constexpr (std::is_same<F, bf16>::value)
                 if (fast) fast_select_weights(weights, q, k, lse, row, n, s, sel);
             if (!fast) simple_select_weights(weights, q, k, lse, row, n, s, sel);
             gpu_importance(importance, weights, row, n, s, sel);
         }
-        if constexpr (IS_BF16)
-            if (!none && hopper) hopper_importance(importance, q, k, lse, row, n, s, sel);
         gpu_choose_blocks(block_idx, importance, row, n, s, sel);
     }
+}
+
+// The compressed branch, and the choice of blocks that follows from it.
+template <typename F>
+static void gpu_compressed_forward(F *out, float *lse, int *block_idx, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, const SelectShape *sel, float *scratch) {
+    if constexpr (std::is_same<F, bf16>::value)
+        if (fast_attention(s, mask) && hopper_choice(s, sel, mask) && !nothing_to_choose(s, sel)) return hopper_compressed_forward(out, lse, block_idx, q, k, v, mask, s, sel, scratch);
+    gpu_attention_forward<F>(out, lse, q, k, v, mask, s);
+    gpu_select_forward<F>(block_idx, q, k, lse, s, sel, mask, scratch);
+}
+// Numbers of scratch that it takes.
+template <typename F>
+static int64_t gpu_select_scratch(const AttentionShape *s, const SelectShape *sel, const Mask *mask) {
+    const int leaves_weights = std::is_same<F, bf16>::value && fast_attention(s, mask) && hopper_choice(s, sel, mask);
+    return max64(select_scratch(s, sel), leaves_weights ? hopper_choice_scratch(s, sel) : 0);
 }
 
 // ----------------------------------------------------------------------------
@@ -4903,8 +4854,8 @@ static void carve_gpu_scratch(GpuScratch<F> *s, const Config *c, int64_t B, int6
     if (nsa) {
         AttentionShape shape = attention_shape(c, B, &p, p.all - 1, 0, 0);
         const SelectShape sel = select_shape(c);
-        shape.Tk = nc;
-        select = gpu_select_scratch(&shape, &sel);
+        const Mask mask = branch_mask(c, NULL, &shape, 0, CMP);
+        select = gpu_select_scratch<F>(&shape, &sel, &mask);
         for (int i = 0; i < 2; i++) {
             const CompressShape cs = compress_shape(c, B, p.text, 0, i);
             compress = max64(compress, gpu_compress_scratch(&cs));
@@ -5331,10 +5282,14 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             int *block_idx = nsa ? a->block_idx + first * KV * c->sel_blocks : NULL;
             const Mask mask = branch_mask(c, block_idx, &shape, layer, b);
             const F *q = a->wide + first * row.size;
-            gpu_attention_forward<F>(a->branch[b] + first * H * c->v_head_dim, a->lse[b] + first * H, q, k, v, &mask, &shape);
-            if (!compressed) continue;
+            F *out = a->branch[b] + first * H * c->v_head_dim;
+            float *lse = a->lse[b] + first * H;
+            if (!compressed) {
+                gpu_attention_forward<F>(out, lse, q, k, v, &mask, &shape);
+                continue;
+            }
             const SelectShape select = select_shape(c);
-            gpu_select_forward<F>(block_idx, q, k, a->lse[CMP] + first * H, &shape, &select, &mask, s->select);
+            gpu_compressed_forward<F>(out, lse, block_idx, q, k, v, &mask, &shape, &select, s->select);
             if (given_block_idx) device_copy(block_idx, given_block_idx[layer] + first * KV * c->sel_blocks, rows * KV * c->sel_blocks * (int64_t)sizeof(int));
         }
     }

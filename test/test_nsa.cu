@@ -435,8 +435,8 @@ struct PiecesWork {
         s.t0 = t0;
         s.T = T;
         if (mask.kind == MASK_SELECTED) mask.block_idx = block_idx + t0 * s.KV * mask.n;
-        gpu_attention_forward<F>(out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s);
-        if (mask.kind == MASK_COMPRESSED) gpu_select_forward<F>(block_idx + t0 * s.KV * sel->n, q + t0 * s.q_row, k, lse + rows, &s, sel, &mask, select);
+        if (mask.kind == MASK_COMPRESSED) gpu_compressed_forward<F>(out + rows * s.Dv, lse + rows, block_idx + t0 * s.KV * sel->n, q + t0 * s.q_row, k, v, &mask, &s, sel, select);
+        else gpu_attention_forward<F>(out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s);
         gpu_row_stats<F>(stats, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, T * s.H, (int)s.Dv);
         gpu_attention_backward<F>(dq + rows * s.D, 0, dk, dv, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, stats, q + t0 * s.q_row, k, v, &mask, &s,
                                   delta, &takers, partial);
@@ -477,7 +477,7 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
         for (late.Tk = s.Tk, late.t0 = 0, late.T = T; late.t0 < T; late.t0 += PIECE, late.T = PIECE)
             if (sizeof(F) == 2 && fast_attention(&late, &mask)) partial = max64(partial, gpu_attention_partial(&late, &mask));
         w.partial = (float *)device_malloc(partial * 4);
-        w.select = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4);
+        w.select = (float *)device_malloc(gpu_select_scratch<F>(&s, &sel, &mask) * 4);
         const int64_t keys = s.Tk * KV, sizes[] = {T * H * Dv, T * H, T * H * D, keys * D, keys * Dv};
         std::vector<float> got[2][5];
         std::vector<int> choices_of[2];
@@ -550,6 +550,8 @@ int main(int argc, char **argv) {
     test_pieces<bf16>("mma.sync", 192, 128, 4, 2, 64, 3);
     test_pieces<bf16>("Hopper", 64, 64, 4, 1, 64, 3);
     test_pieces<bf16>("Hopper", 128, 128, 5, 1, 48, 3);
+    test_pieces<bf16>("Hopper, weights left", 64, 64, 4, 1, 16, 5);
+    test_pieces<bf16>("Hopper, weights left", 128, 128, 10, 2, 16, 5);
     const int64_t widths[] = {8, 37, 40, 768, 1030, 2056, 4104};
     for (int64_t c : widths) {
         test_norm<float>(c < 100 ? 603 : 11, c);

@@ -424,7 +424,7 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     const Mask compressed = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL}, selected = {MASK_SELECTED, 0, 0, 0, sel.sel_block, sel.n, block_idx};
     if (!fast_attention(&s, &full)) die(2, "the fast tier takes D = 64, 128 and 192");
     Tensor q = random_tensor(B * T * s.q_row), k = random_tensor(B * T * s.k_row), v = random_tensor(B * T * s.v_row);
-    float *lse = (float *)device_malloc(B * T * H * 4), *scratch = (float *)device_malloc(gpu_select_scratch(&cmp, &sel) * 4);
+    float *lse = (float *)device_malloc(B * T * H * 4), *scratch = (float *)device_malloc(select_scratch(&cmp, &sel) * 4);
     Tensor out = random_tensor(B * T * H * Dv);
     printf("B=%" PRId64 " T=%" PRId64 " H=%d KV=%d D=%d Dv=%d, preset paper, on %s. Floor: %.0f TFLOP/s, %.1f TB/s, 2 matrix products forward and 5 backward\n", B, T, H, KV, D, Dv, gpu.name,
            PEAK_FLOPS * 1e-12, PEAK_BYTES * 1e-12);

@@ -1,17 +1,19 @@
 // The choice of blocks: from queries and compressed keys to block_idx (paper eq. 8 to 12), without any gradient.
 //
 //   importance    version 1: scores once more with mma.sync, their weights to memory (fast_select_weights), summed into blocks by a kernel of their own (gpu_importance)
-//                 version 2: Hopper, wgmma, summed in registers (hopper_importance); with 0 to 4 of 8 powers of 2 made of products and sums
+//                 version 3: no scores of its own: Hopper's forward kernel of the compressed branch leaves each head's weights of blocks, which the kernel that chooses
+//                 sums up (hopper_compressed_forward). Version 2, wgmma with sums in registers, is told of in README.md.
 //   choice        version 1: select_blocks_kernel, any n: the best of all, n times over, in memory
 //                 version 2: select_few_kernel, n - n_init - n_local <= 32: the best so far one a lane, importances pass by in registers
 //
-//   make build/select && build/select            importances against double precision, both choices against the CPU's, with many ties
+//   make build/select && build/select            importances against double precision, choices against the CPU's, with many ties
 //   build/select bench 65536 64 4 128            times on this GPU: T, heads, KV heads, D; preset paper, random normal q and k
 
 #define NSA_CU_NO_MAIN
 #include "../../train_nsa.cu"
 #include "test/check.h"
 #include "bench.h"
+#include <vector>
 
 static Rng rng = {31, 1, 0};
 
@@ -75,6 +77,57 @@ static float *host_of_bf16(const bf16 *x, int64_t n) {
     return y;
 }
 
+// The compressed branch that leaves weights: its result and log-sum-exp against double precision, then `got`, the importances that follow from them, and the choice.
+static float float_of_f16(unsigned bits) { return (bits & 0x7c00 ? ldexpf((float)(1024 + bits % 1024), (int)(bits >> 10) - 25) : ldexpf((float)(bits % 1024), -24)); }
+template <typename Importances, typename Choices>
+static void check_weights_left(const bf16 *q, const bf16 *k, const float *host_q, const float *host_k, const float *host_lse, float *got, int *block_idx, const AttentionShape *s,
+                               const SelectShape *sel, const Mask *mask, Importances importances_right, Choices choices_right) {
+    const int64_t tokens = s->B * s->T, heads = tokens * s->H, nv = s->B * s->Tk * s->v_row, row = weight_row(s, sel), tiles = row / TILE_BLOCKS, G = s->H / s->KV;
+    bf16 *v = (bf16 *)device_malloc(nv * 2), *out = (bf16 *)device_malloc(heads * s->Dv * 2);
+    float *lse = (float *)device_malloc(heads * 4), *top = (float *)xmalloc((size_t)(heads * tiles) * 4), *got_lse = (float *)xmalloc((size_t)heads * 4);
+    unsigned short *of = (unsigned short *)xmalloc((size_t)(heads * row) * 2);
+    fill_normal(v, nv, 77);
+    const BlockWeights left = {(unsigned short *)device_malloc(heads * row * 2), (float *)device_malloc(heads * tiles * 4), (unsigned)row, (unsigned)heads};
+    const auto of_shape = s->D == 64 ? hopper_forward_of_shape<64, 64, HOPPER_KEYS, true> : hopper_forward_of_shape<128, 128, HOPPER_KEYS, true>;
+    of_shape(out, lse, left, q, k, v, mask, s);
+    choose_by_weights_kernel<<<grid(tokens * s->KV, WARPS), THREADS>>>(block_idx, left, lse, *s, *sel);
+    LAUNCHED();
+    to_host(of, left.of, heads * row * 2);
+    to_host(top, left.top, heads * tiles * 4);
+    to_host(got_lse, lse, heads * 4);
+    float *host_v = host_of_bf16(v, nv), *host_out = host_of_bf16(out, heads * s->Dv);
+    double error = 0, size = 0, lse_error = 0;
+    for (int64_t i = 0; i < heads; i++) {
+        const int64_t bt = i / s->H, h = i % s->H, kv = h / G, b = bt / s->T, seen = compressed_seen(bt % s->T, sel->cmp_block, sel->cmp_stride);
+        std::vector<double> sum((size_t)s->Dv);
+        for (int64_t x = 0; x < seen; x++) {
+            double score = 0;
+            for (int c = 0; c < s->D; c++) score += (double)host_q[bt * s->q_row + h * s->D + c] * (double)host_k[(b * s->Tk + x) * s->k_row + kv * s->D + c];
+            for (int c = 0; c < s->Dv; c++) sum[(size_t)c] += exp(score / sqrt((double)s->D) - (double)host_lse[i]) * (double)host_v[(b * s->Tk + x) * s->v_row + kv * s->Dv + c];
+        }
+        for (int c = 0; c < s->Dv; c++) {
+            const double x = sum[(size_t)c], difference = (double)host_out[i * s->Dv + c] - x;
+            error += difference * difference;
+            size += x * x;
+        }
+        if (seen) lse_error = fmax(lse_error, fabs((double)got_lse[i] - (double)host_lse[i]));
+    }
+    check(sqrt(error / size) < 5e-3 && lse_error < 1e-4, "compressed branch that leaves weights, B=%d T=%d G=%d KV=%d D=%d: errors %.1e and, of lse, %.1e", (int)s->B, (int)s->T, (int)G, s->KV, s->D,
+          sqrt(error / size), lse_error);
+    for (int64_t i = 0; i < tokens * s->KV; i++)
+        for (int64_t j = 0; j < choice_end(i / s->KV % s->T, sel); j++) {
+            double sum = 0;
+            for (int64_t place = i / s->KV * s->H + i % s->KV * G, last = place + G; place < last; place++)
+                sum += (double)float_of_f16(of[place * row + j]) * exp2((double)top[j / TILE_BLOCKS * heads + place] - (double)got_lse[place] * (double)LOG2E - WEIGHT_SHIFT);
+            got[i * importance_row(s, sel) + j] = (float)sum;
+        }
+    importances_right(3, 2.5e-3);      // powers of 2 rounded to bf16, as the products with values have them
+    choices_right(3, 1e-5);
+    void *all[] = {v, out, lse, left.of, left.top};
+    for (int i = 0; i < 5; i++) CUDA(cudaFree(all[i]));
+    free(top), free(got_lse), free(of), free(host_v), free(host_out);
+}
+
 // Importances from random q and k, in two calls whose cut lies anywhere, against double precision; then the whole choice against the CPU's of the same importances.
 // q stands in a wider row.
 static const double IMPORTANCE_ERROR = 1e-4;
@@ -103,32 +156,49 @@ static void check_importance(int64_t B, int64_t T, int G, int KV, int D, SelectS
         }
     }
     float *lse = (float *)device_malloc(nl * 4), *importance = (float *)device_malloc(rows * row_size * 4), *weights = (float *)device_malloc(rows * s.Tk * 4);
-    float *scratch = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4);
+    float *scratch = (float *)device_malloc(gpu_select_scratch<bf16>(&s, &sel, &mask) * 4);
     int *block_idx = (int *)device_malloc(rows * sel.n * 4), *chosen = (int *)xmalloc((size_t)(rows * sel.n) * 4), *host_chosen = (int *)xmalloc((size_t)(rows * sel.n) * 4);
     to_device(lse, host_lse, nl * 4);
-    for (int version = 1; version <= 2; version++) {
-        if (!fast_attention(&s, &mask) || (version == 2 && !hopper_select(&s, &sel, &mask))) continue;
-        CUDA(cudaMemset(importance, 0xff, (size_t)(rows * row_size * 4)));
-        for (int64_t row = 0, n = cut; row < rows; row += n, n = rows - row) {
-            if (version == 1) fast_select_weights(weights + row * s.Tk, q, k, lse, row, n, &s, &sel), gpu_importance(importance + row * row_size, weights + row * s.Tk, row, n, &s, &sel);
-            else hopper_importance(importance + row * row_size, q, k, lse, row, n, &s, &sel);
-        }
-        to_host(got, importance, rows * row_size * 4);
+    const auto importances_right = [&](int version, double limit) {
         double worst = 0;
         for (int64_t row = 0; row < rows; row++)
             for (int64_t j = 0; j < choice_end(row / KV % T, &sel); j++) {
                 const double x = want[row * row_size + j], error = fabs((double)got[row * row_size + j] - x) / x;
                 worst = error <= worst ? worst : error == error ? error : INFINITY;
             }
-        check(worst < IMPORTANCE_ERROR, "version %d, importances of B=%d T=%d G=%d KV=%d D=%d, l=%d d=%d l'=%d n=%d: error %.1e", version, (int)B, (int)T, G, KV, D, sel.cmp_block, sel.cmp_stride,
+        check(worst < limit, "version %d, importances of B=%d T=%d G=%d KV=%d D=%d, l=%d d=%d l'=%d n=%d: error %.1e", version, (int)B, (int)T, G, KV, D, sel.cmp_block, sel.cmp_stride,
               sel.sel_block, sel.n, worst);
+    };
+    // The choices are the CPU's of these importances, but for blocks whose sums another order of adding makes equal, or not.
+    const auto choices_right = [&](int version, double tie) {
+        int64_t other = 0;
+        to_host(chosen, block_idx, rows * sel.n * 4);
+        host_choice(host_chosen, got, row_size, 0, rows, &s, &sel);
+        for (int64_t row = 0; row < rows; row++) {
+            const int *mine = chosen + row * sel.n, *cpu = host_chosen + row * sel.n;
+            if (!different(mine, cpu, sel.n)) continue;
+            double least[2] = {INFINITY, INFINITY};
+            int wrong = 0;
+            for (int i = 0; i < sel.n; i++) {
+                const int is_free = i >= sel.n_init && i < sel.n - sel.n_local;
+                wrong |= (!is_free && mine[i] != cpu[i]) || (i > 0 && mine[i] <= mine[i - 1]);
+                if (!wrong && is_free) least[0] = fmin(least[0], (double)got[row * row_size + mine[i]]), least[1] = fmin(least[1], (double)got[row * row_size + cpu[i]]);
+            }
+            other += wrong || !(fabs(least[0] - least[1]) <= tie * least[1]);
+        }
+        check(other == 0, "version %d, choice of B=%d T=%d G=%d KV=%d D=%d: those of %d of %d rows are others than the CPU's", version, (int)B, (int)T, G, KV, D, (int)other, (int)rows);
+    };
+    if (fast_attention(&s, &mask)) {
+        CUDA(cudaMemset(importance, 0xff, (size_t)(rows * row_size * 4)));
+        for (int64_t row = 0, n = cut; row < rows; row += n, n = rows - row)
+            fast_select_weights(weights + row * s.Tk, q, k, lse, row, n, &s, &sel), gpu_importance(importance + row * row_size, weights + row * s.Tk, row, n, &s, &sel);
+        to_host(got, importance, rows * row_size * 4);
+        importances_right(1, IMPORTANCE_ERROR);
     }
     CUDA(cudaMemset(block_idx, 0x77, (size_t)(rows * sel.n * 4)));
     gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, scratch);
-    to_host(chosen, block_idx, rows * sel.n * 4);
-    host_choice(host_chosen, got, row_size, 0, rows, &s, &sel);
-    const int64_t other = different(chosen, host_chosen, rows * sel.n);
-    check(other == 0, "choice of B=%d T=%d G=%d KV=%d D=%d: %d of %d are others than the CPU's", (int)B, (int)T, G, KV, D, (int)other, (int)(rows * sel.n));
+    choices_right(1, 0);
+    if (fast_attention(&s, &mask) && hopper_choice(&s, &sel, &mask)) check_weights_left(q, k, host_q, host_k, host_lse, got, block_idx, &s, &sel, &mask, importances_right, choices_right);
     void *all[] = {q, k, lse, importance, weights, scratch, block_idx};
     for (int i = 0; i < 7; i++) CUDA(cudaFree(all[i]));
     free(host_q), free(host_k), free(host_lse), free(got), free(want), free(p), free(chosen), free(host_chosen);
@@ -143,9 +213,9 @@ static int check_all(void) {
             check_choice(blocks[j], 1 + j % 2, *shapes[i], min64(40, blocks[j] * shapes[i]->sel_block / 2), 2);
             check_choice(blocks[j], 1 + j % 2, *shapes[i], min64(40, blocks[j] * shapes[i]->sel_block / 2), 1000);
         }
-    // stretches of 64 blocks that end inside and at a text's end, keys that do not fill a block, groups that fill their columns or not, and such as only
+    // tiles of 32 blocks that end inside and at a text's end, keys that do not fill a block, groups that fill a tile of rows or not, shapes that only
     // version 1 takes; one local block, whose keys are not all seen
-    const SelectShape narrow = {8, 4, 8, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 4, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 8, 3, 1, 2};
+    const SelectShape narrow = {8, 4, 16, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 8, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 16, 3, 1, 2};
     check_importance(1, 331, 16, 1, 64, narrow, 100);
     check_importance(2, 277, 4, 2, 64, narrow, 301);
     check_importance(1, 530, 8, 2, 128, narrow, 77);
@@ -172,17 +242,17 @@ static int bench(int64_t T, int H, int KV, int D) {
     AttentionShape s = {1, T, T, H, KV, D, D, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * D, 0};
     s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     if (!fast_attention(&s, &mask)) die(2, "bench: the fast tier takes D = 64 and 128");
-    const int hopper = hopper_select(&s, &sel, &mask);
     const int64_t rows = T * KV, row_size = importance_row(&s, &sel), chunk = select_chunk(&s, &sel), nq = T * H * D, nk = s.Tk * KV * D;
-    const int64_t hopper_chunk = hopper ? min64(rows, hopper_select_chunk(&s, &sel)) : chunk;
+    int64_t unused;
     bf16 *q = (bf16 *)device_malloc(nq * 2), *k = (bf16 *)device_malloc(nk * 2), *out = (bf16 *)device_malloc(nq * 2);
-    float *lse = (float *)device_malloc(T * H * 4), *importance = (float *)device_malloc(gpu_select_scratch(&s, &sel) * 4), *weights = importance + chunk * row_size;
+    float *lse = (float *)device_malloc(T * H * 4), *importance = (float *)device_malloc(gpu_select_scratch<bf16>(&s, &sel, &mask) * 4), *weights = importance + chunk * row_size;
     int *block_idx = (int *)device_malloc(rows * sel.n * 4);
     fill_normal(q, nq, 1);
     fill_normal(k, nk, 2);
     fast_attention_forward(out, lse, q, k, k, &mask, &s);
     const double pairs = (double)T * H * (double)s.Tk / 2, numbers = (double)rows * (double)s.Tk / 2, per_block = sel.sel_block / sel.cmp_stride;
-    printf("T=%" PRId64 " H=%d KV=%d D=%d on %s; chunks of %" PRId64 " rows for version 1 of the importances, %" PRId64 " for version 2\n", T, H, KV, D, gpu.name, chunk, hopper_chunk);
+    printf("T=%" PRId64 " H=%d KV=%d D=%d on %s; chunks of %" PRId64 " rows for version 1 of the importances, of %" PRId64 " queries for version 3\n", T, H, KV, D, gpu.name, chunk,
+           choice_queries(&unused, &s, &sel));
     // Each part over all chunks.
     const auto each = [&](int64_t size, auto part) {
         return median_ms(RUNS, [&] {
@@ -194,12 +264,13 @@ static int bench(int64_t T, int H, int KV, int D) {
     const auto report_bytes = [&](const char *name, double ms, double count) { printf("%-44s %8.3f ms  %6.0f GB/s\n", name, ms, count * 4 / ms * 1e-6); };
     report_scores("weights, mma.sync", each(chunk, [&](int64_t row, int64_t n) { fast_select_weights(weights, q, k, lse, row, n, &s, &sel); }));
     report_bytes("importances of the weights", each(chunk, [&](int64_t row, int64_t n) { gpu_importance(importance, weights, row, n, &s, &sel); }), numbers * (1 + 1 / per_block));
-    if (hopper) report_scores("importances, Hopper", each(hopper_chunk, [&](int64_t row, int64_t n) { hopper_importance(importance, q, k, lse, row, n, &s, &sel); }));
     // The choice of the importances of the last chunk, but for version 1, which destroys them: what it costs hardly depends on them.
-    report_bytes("choice, version 2", each(hopper_chunk, [&](int64_t row, int64_t n) { select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }), numbers / per_block);
-    report_bytes("choice, version 1", each(hopper_chunk, [&](int64_t row, int64_t n) { select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }),
+    report_bytes("choice, version 2", each(chunk, [&](int64_t row, int64_t n) { select_few_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }), numbers / per_block);
+    report_bytes("choice, version 1", each(chunk, [&](int64_t row, int64_t n) { select_blocks_kernel<<<grid(n, WARPS), THREADS>>>(block_idx, importance, row_size, row, n, s, sel); }),
                  numbers / per_block);
-    printf("%-44s %8.3f ms\n", "all, as the model runs it", median_ms(RUNS, [&] { gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, importance); }));
+    printf("%-44s %8.3f ms\n", "importances, version 1, and choice", median_ms(RUNS, [&] { gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, importance); }));
+    printf("%-44s %8.3f ms\n", "compressed branch alone", median_ms(RUNS, [&] { gpu_attention_forward(out, lse, q, k, k, &mask, &s); }));
+    printf("%-44s %8.3f ms\n", "compressed branch and choice, as models run it", median_ms(RUNS, [&] { gpu_compressed_forward(out, lse, block_idx, q, k, k, &mask, &s, &sel, importance); }));
     void *memory[] = {q, k, out, lse, importance, block_idx};
     for (int i = 0; i < 6; i++) CUDA(cudaFree(memory[i]));
     return 0;

@@ -510,6 +510,19 @@ static inline void emu_ldmatrix_x4(unsigned r[4], const void *row, bool turned) 
     __syncwarp();       // nobody writes there before all have read
 }
 
+// Numbers of 16 bits with 11 digits, to the nearest even.
+static inline float emu_float_of_f16(unsigned x) {
+    const float size = x & 0x7c00 ? ldexpf((float)(1024 + x % 1024), (int)(x >> 10 & 31) - 25) : ldexpf((float)(x % 1024), -24);
+    return (x & 0x7c00) == 0x7c00 ? NAN : x & 0x8000 ? -size : size;
+}
+static inline unsigned emu_f16(float x) {
+    const float size = fabsf(x);
+    const unsigned sign = signbit(x) ? 0x8000 : 0;
+    if (!(size < 65520)) emu::stop("a number too large for 16 bits");
+    const int exponent = size < 0x1p-14f ? -14 : ilogbf(size);
+    return sign + (((unsigned)(exponent + 14)) << 10) + (unsigned)lrintf(ldexpf(size, 10 - exponent));
+}
+
 // mma.m16n8k16, bf16 into f32: d (16,8) += a (16,16) · b (16,8)
 static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
     struct { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
