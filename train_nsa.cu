@@ -2875,7 +2875,7 @@ __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, c
     key_range(mask, s->t0 + x->t0, &lo, &unused);
     key_range(mask, s->t0 + min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
     x->k0 = (int)lo;
-    x->steps = same_in_warp((int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS));
+    x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
     return 1;
 }
 
@@ -3019,6 +3019,7 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
         const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
         const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
+        const int steps = same_in_warp(x.steps);
         bf16 *q_tile = q_tiles + q_ring.at * ROWS * D;
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
@@ -3044,8 +3045,8 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
             factor_times_rows<DV, KEYS>(o, weights, value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
-        // The weights of the tile whose exponentials were made last, while products with them and with the next tile are on their way. A key weighs as many pieces
-        // of it as lie in the block, 2, 2, 2 and 1; the last one's other piece is the next block's.
+        // The weights of the tile whose exponentials are p. A key weighs as many pieces of it as lie in the block, 2, 2, 2 and 1; the last one's other piece is the
+        // next block's.
         const auto leave_weights = [&] {
             constexpr int GROUPS = TILE_BLOCKS / 8;
             constexpr float ONE = 1 << WEIGHT_SHIFT;
@@ -3055,10 +3056,10 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
                 before[i] *= shrink[i];
                 #pragma unroll
                 for (int n = 0; n < GROUPS; n++) {
-                    const auto key = [&](int c) { return weights[(c * GROUPS + n) / 2][(c * GROUPS + n) % 2 * 2 + i]; };     // of two blocks
-                    const float last[2] = {low_of(key(3)), high_of(key(3))}, neighbour = __shfl_sync(~0u, last[1], lane() ^ lane() % 4 ^ (lane() + 3) % 4);
-                    const float low = 2 * ONE * (low_of(key(0)) + low_of(key(1)) + low_of(key(2))) + ONE * (last[0] + (lane() % 4 ? neighbour : before[i]));
-                    const float high = 2 * ONE * (high_of(key(0)) + high_of(key(1)) + high_of(key(2))) + ONE * (last[1] + last[0]);
+                    const auto key = [&](int c, int e) { return p[c * GROUPS + n][i * 2 + e]; };
+                    const float neighbour = __shfl_sync(~0u, key(3, 1), lane() ^ lane() % 4 ^ (lane() + 3) % 4);
+                    const float low = 2 * ONE * (key(0, 0) + key(1, 0) + key(2, 0)) + ONE * (key(3, 0) + (lane() % 4 ? neighbour : before[i]));
+                    const float high = 2 * ONE * (key(0, 1) + key(1, 1) + key(2, 1)) + ONE * (key(3, 1) + key(3, 0));
                     before[i] = neighbour;
                     if (there) *(unsigned *)(left.of + of_at[i] + n * 8) = two_f16(low, high);
                 }
@@ -3070,6 +3071,7 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
         const auto exponentials = [&](int k0) {
             if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS, CHOOSES ? CHOICE_KEYS : 1>(p, k0, INT_MAX, &seen, -INFINITY);
             online_softmax<KEYS>(p, top, sum, shrink, scale2);
+            if constexpr (CHOOSES) leave_weights();
         };
         const auto as_weights = [&] {
             #pragma unroll
@@ -3077,7 +3079,7 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
         };
 
         barrier_wait(q_full + q_ring.at, q_ring.parity);
-        if (x.steps > 0) {
+        if (steps > 0) {
             issue_scores();
             pass_turn();
             wgmma_wait<0>();
@@ -3086,11 +3088,10 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
             k_ring.next();
             exponentials(x.k0);
             as_weights();
-            for (int i = 1; i < x.steps; i++) {
+            for (int i = 1; i < steps; i++) {
                 issue_scores();
                 issue_values();
                 pass_turn();
-                if constexpr (CHOOSES) leave_weights();
                 wgmma_wait<1>();
                 wgmma_done<KEYS>(p);
                 let_go(k_empty + k_ring.at);
@@ -3107,7 +3108,6 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
                 as_weights();
             }
             issue_values();
-            if constexpr (CHOOSES) leave_weights();
             wgmma_wait<0>();
             wgmma_done<DV>(o);
             let_go(v_empty + v_ring.at);
@@ -3509,6 +3509,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
         const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
         const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
+        const int steps = same_in_warp(x.steps);
         unsigned slopes[KEYS / 16][4];
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         RowStats of_row[2];
@@ -3516,7 +3517,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
         barrier_wait(q_full, q_ring.parity);
         int last = 0;       // the stage before this one
-        for (int i = 0; i < x.steps; i++, ring.next()) {
+        for (int i = 0; i < steps; i++, ring.next()) {
             const bf16 *key_tile = key_tiles + ring.at * KEYS * D, *value_tile = value_tiles + ring.at * KEYS * DV;
             barrier_wait(full + ring.at, ring.parity);
             wgmma_begin();
@@ -3548,7 +3549,7 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
         }
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        if (x.steps > 0) let_go(empty + last);
+        if (steps > 0) let_go(empty + last);
         let_go(q_empty);
         q_ring.next();
 
@@ -3748,30 +3749,41 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     float dks[D / 8][4] = {{0}}, dvs[DV / 8][4] = {{0}}, p[ROWS / 8][4], ds[ROWS / 8][4];
     unsigned weights[ROWS / 16][4], slopes[ROWS / 16][4];
     if (steps > 0) barrier_wait(keys_full, 0);
-    if (LISTED && slab == 1) ring.next();
-    for (int i = LISTED ? slab : 0; i < steps; i += LISTED ? SLABS : 1, ring.next()) {
-        const bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
-        const StageStats *of = stage_stats + ring.at;
-        barrier_wait(full + ring.at, ring.parity);
+    const auto issue_scores = [&](int at) {
         wgmma_begin();
-        slab_times_turned<D, ROWS>(p, key_tile + own_keys * PANEL, KEYS, q_tile, ROWS);
+        slab_times_turned<D, ROWS>(p, key_tile + own_keys * PANEL, KEYS, q_tiles + at * ROWS * D, ROWS);
         wgmma_commit();
-        slab_times_turned<DV, ROWS>(ds, value_tile + own_keys * PANEL, KEYS, dout_tile, ROWS);
+    };
+    const auto issue_slopes = [&](int at) {
+        wgmma_begin();
+        slab_times_turned<DV, ROWS>(ds, value_tile + own_keys * PANEL, KEYS, dout_tiles + at * ROWS * DV, ROWS);
         wgmma_commit();
-        // While the products are on their way: queries ascend, keys too, so the corners say whether everything between them is seen; and the rows' numbers, where
-        // there are registers for all of them.
-        const int masked = !sees_key(&mask, of->position[0], (int)x.k0 + count - 1) || !sees_key(&mask, of->position[ROWS - 1], (int)x.k0);
-        float4 held[D == 64 ? ROWS / 8 : 1] = {};
-        const auto of_two = [&](int n) { return *(const float4 *)(of->of_row + n * 8 + lane() % 4 * 2); };
-        const auto two_rows = [&](int n) { return D == 64 ? held[D == 64 ? n : 0] : of_two(n); };
+    };
+    const auto issue_sums = [&](int at) {
+        wgmma_begin();
+        factor_times_rows<DV, ROWS>(dvs, weights, dout_tiles + at * ROWS * DV);
+        factor_times_rows<D, ROWS>(dks, slopes, q_tiles + at * ROWS * D);
+        wgmma_commit();
+    };
+    // While products are on their way: queries ascend, keys too, so the corners say whether everything between them is seen; and the rows' numbers, where there
+    // are registers for all of them.
+    int masked = 0;
+    float4 held[D == 64 ? ROWS / 8 : 1] = {};
+    const auto of_two = [&](int at, int n) { return *(const float4 *)(stage_stats[at].of_row + n * 8 + lane() % 4 * 2); };
+    const auto two_rows = [&](int at, int n) { return D == 64 ? held[D == 64 ? n : 0] : of_two(at, n); };
+    const auto look_up = [&](int at) {
+        const int *position = stage_stats[at].position;
+        masked = !sees_key(&mask, position[0], (int)x.k0 + count - 1) || !sees_key(&mask, position[ROWS - 1], (int)x.k0);
         #pragma unroll
-        for (int n = 0; n < (D == 64 ? ROWS / 8 : 0); n++) held[n] = of_two(n);
-        wgmma_wait<1>();
-        wgmma_done<ROWS>(p);
+        for (int n = 0; n < (D == 64 ? ROWS / 8 : 0); n++) held[n] = of_two(at, n);
+    };
+    // Scores, which are there, to gate·P.
+    const auto make_weights = [&](int at) {
+        const StageStats *of = stage_stats + at;
         const auto powers = [&](auto hides) {       // once with, once without: no branches in the loop
             #pragma unroll
             for (int n = 0; n < ROWS / 8; n++) {
-                const float4 two = two_rows(n);
+                const float4 two = two_rows(at, n);
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     p[n][e] = power_of_2(p[n][e] * scale2 - (e % 2 ? two.z : two.x));
@@ -3779,27 +3791,86 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
                 }
             }
         };
+        wgmma_done<ROWS>(p);
         if (masked) powers(std::true_type());
         else powers(std::false_type());
-        wgmma_wait<0>();
+    };
+    // And with dout·Vᵀ the slopes.
+    const auto make_slopes = [&](int at) {
         wgmma_done<ROWS>(ds);
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++) {
-            const float4 two = two_rows(n);
+            const float4 two = two_rows(at, n);
             #pragma unroll
             for (int e = 0; e < 4; e++) ds[n][e] = p[n][e] * (ds[n][e] - (e % 2 ? two.w : two.y));
         }
+    };
+    const auto as_factors = [&] {       // when no product reads the old ones any more
         #pragma unroll
         for (int n = 0; n < ROWS / 16; n++) as_left_factor(weights[n], p + 2 * n), as_left_factor(slopes[n], ds + 2 * n);
-        wgmma_begin();
-        factor_times_rows<DV, ROWS>(dvs, weights, dout_tile);
-        factor_times_rows<D, ROWS>(dks, slopes, q_tile);
-        wgmma_commit();
-        wgmma_wait<0>();
+    };
+    const auto sums_done = [&](int at) {
         wgmma_done<DV>(dvs);
         wgmma_done<D>(dks);
-        barrier_arrive(empty + ring.at);        // each lane for itself, as each has read the stats: so compute-sanitizer can follow
-        if (LISTED) ring.next();
+        barrier_arrive(empty + at);     // each lane for itself, as each has read the stats: so compute-sanitizer can follow
+    };
+
+    const auto make_factors = [&] {     // of the stage at hand, which is met
+        barrier_wait(full + ring.at, ring.parity);
+        issue_scores(ring.at);
+        issue_slopes(ring.at);
+        look_up(ring.at);
+        wgmma_wait<1>();
+        make_weights(ring.at);
+        wgmma_wait<0>();
+        make_slopes(ring.at);
+        as_factors();
+    };
+
+    // The sums of a stage and the scores of the next are on their way together, as far as registers reach: at D = 64 with dout·Vᵀ; at D = 128 the exponentials
+    // are made under the sums, and dout·Vᵀ follows these. Queries that come one by one are what is waited for: there a stage is let go of at once.
+    constexpr int STRIDE = LISTED ? SLABS : 1;
+    constexpr bool AHEAD = D == 64 || !LISTED;
+    const int first = LISTED ? slab : 0;
+    ring.skip(first);
+    if (AHEAD && first < steps) make_factors();
+    for (int i = AHEAD ? first + STRIDE : first; i < steps; i += STRIDE) {
+        const int before = ring.at;
+        if (!AHEAD) {
+            make_factors();
+            issue_sums(before);
+            wgmma_wait<0>();
+            sums_done(before);
+            ring.skip(STRIDE);
+            continue;
+        }
+        ring.skip(STRIDE);
+        if (D == 64) issue_sums(before);
+        barrier_wait(full + ring.at, ring.parity);
+        issue_scores(ring.at);
+        if (D == 64) {
+            issue_slopes(ring.at);
+            wgmma_wait<2>();
+            sums_done(before);
+        } else {
+            issue_sums(before);
+        }
+        look_up(ring.at);
+        wgmma_wait<1>();
+        make_weights(ring.at);
+        wgmma_wait<0>();
+        if (D > 64) {
+            sums_done(before);
+            issue_slopes(ring.at);
+            wgmma_wait<0>();
+        }
+        make_slopes(ring.at);
+        as_factors();
+    }
+    if (AHEAD && first < steps) {
+        issue_sums(ring.at);
+        wgmma_wait<0>();
+        sums_done(ring.at);
     }
     if constexpr (LISTED) {     // the second warpgroup's sums go to the first through the stages' place, which no copy will reach any more
         float4 *sums = (float4 *)q_tiles + threadIdx.x % WARPGROUP;
@@ -4042,7 +4113,7 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 // under its log-sum-exp, and to choose. Texts, or where one is too long stretches of its queries, are done one after the other, so that the weights of a
 // few thousand queries are all that lies in memory.
 
-enum { WEIGHT_NUMBERS = 1 << 27, CHOICE_HEADS = WARP / 2, CHOICE_BLOCKS = 2 * TILE_BLOCKS };     // f32 numbers' worth of weights; heads and blocks that a warp reads at once
+enum { WEIGHT_NUMBERS = 1 << 28, CHOICE_HEADS = WARP / 2, CHOICE_BLOCKS = 2 * TILE_BLOCKS };     // f32 numbers' worth of weights; heads and blocks that a warp reads at once
 
 // 1 if the branch's kernel can leave weights: of blocks as the paper has them, four compressed ones long and each of these two strides, the last of which is
 // local and not to be chosen, so that the tiles that a query sees are all that matter.
