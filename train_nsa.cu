@@ -3596,54 +3596,85 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
         for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
         barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
-        int last = -1;      // the tile of keys before this one
-        barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-        Chosen next = my.chosen_at(k_ring.at);
-        while (next.block >= 0) {
-            const Chosen now = next;
-            const int tile = k_ring.at;
-            const bf16 *key_tile = my.key_tiles + tile * KEYS * D;
+        Chosen now, next;       // as in forward
+        int tile = 0;
+        const auto next_tile = [&] {
+            barrier_wait(my.k_full + k_ring.at, k_ring.parity);
+            next = my.chosen_at(k_ring.at);
+        };
+        const auto issue_scores = [&] {     // and dout·Vᵀ
+            now = next;
+            tile = k_ring.at;
             barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, key_tile, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + tile * KEYS * D, KEYS);
             wgmma_commit();
             slab_times_turned<DV, KEYS>(dp, my.dout_tile, SLAB_ROWS, my.value_tiles + v_ring.at * KEYS * DV, KEYS);
             wgmma_commit();
             k_ring.next();
-            barrier_wait(my.k_full + k_ring.at, k_ring.parity);     // the tile after this one is looked up while products are on their way
-            next = my.chosen_at(k_ring.at);
-            wgmma_wait<0>();        // and before them the last tile's sum
+        };
+        const auto issue_sum = [&](int at) {
+            wgmma_begin();
+            factor_times_rows<D, KEYS>(sum, slopes, my.key_tiles + at * KEYS * D);
+            wgmma_commit();
+        };
+        const auto powers = [&] {
+            const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0;      // from the first query on
+            const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
             wgmma_done<KEYS>(p);
+            #pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - shift[e / 2]);
+            if (masked) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2]) p[n][e] = 0;
+            }
+        };
+        const auto make_slopes = [&] {
             wgmma_done<KEYS>(dp);
-            if (last >= 0) let_go(my.k_empty + last);
             let_go(my.v_empty + v_ring.at);
-            last = tile;
             v_ring.next();
             #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) slopes[n][0] = slopes[n][1] = slopes[n][2] = slopes[n][3] = 0;
-            if (now.choosers & of.queries) {
-                const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0;      // from the first query on
-                const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+            for (int n = 0; n < KEYS / 8; n++)
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n += 2) {
-                    float ds[2][4];
-                    #pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const int at = n + e / 4, i = e % 4 / 2, hidden = masked && k0 + at * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[i];
-                        ds[e / 4][e % 4] = hidden ? 0 : power_of_2(p[at][e % 4] * scale2 - shift[i]) * (dp[at][e % 4] - of_row[i].y);
-                    }
-                    as_left_factor(slopes[n / 2], ds);
-                }
-            }
-            wgmma_begin();
-            factor_times_rows<D, KEYS>(sum, slopes, key_tile);
-            wgmma_commit();
+                for (int e = 0; e < 4; e++) dp[n][e] = p[n][e] * (dp[n][e] - of_row[e / 2].y);
+        };
+        const auto as_factor = [&] {        // when no product reads the old one any more
+            #pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) as_left_factor(slopes[n], dp + 2 * n);
+        };
+        next_tile();
+        issue_scores();
+        next_tile();
+        wgmma_wait<1>();
+        powers();
+        wgmma_wait<0>();
+        make_slopes();
+        as_factor();
+        while (next.block >= 0) {
+            const int before = tile;
+            issue_scores();
+            issue_sum(before);
+            wgmma_wait<2>();
+            powers();
+            next_tile();        // looked up while products are on their way, as late as that: its tile's place may have been let go of just now
+            wgmma_wait<1>();
+            make_slopes();
+            wgmma_wait<0>();
+            wgmma_done<D>(sum);
+            let_go(my.k_empty + before);
+            as_factor();
         }
         let_go(my.k_empty + k_ring.at);
         k_ring.next();
+        issue_sum(tile);
         wgmma_wait<0>();
         wgmma_done<D>(sum);
-        let_go(my.k_empty + last);
+        let_go(my.k_empty + tile);
         let_go(my.q_empty);
         store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
