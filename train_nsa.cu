@@ -2864,18 +2864,22 @@ HOPPER_DEVICE static inline int64_t item_to_and_fro(int round) {
 // Late tokens come first.
 typedef struct RowTile { int b, kv, t0, k0, steps; } RowTile;
 template <int ROWS, int KEYS>
+__device__ static inline void keys_of_tile(RowTile *x, const Mask *mask, const AttentionShape *s) {
+    int64_t lo, hi, unused;
+    key_range(mask, s->t0 + x->t0, &lo, &unused);
+    key_range(mask, s->t0 + min64(x->t0 + ROWS / (s->H / s->KV), s->T) - 1, &unused, &hi);
+    x->k0 = (int)lo;
+    x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
+}
+template <int ROWS, int KEYS>
 __device__ static inline int row_tile(RowTile *x, int round, const Mask *mask, const AttentionShape *s) {
     const int bkv = (int)s->B * s->KV, tokens = ROWS / (s->H / s->KV), tiles = ((int)s->T + tokens - 1) / tokens;
     const int64_t item = item_to_and_fro(round);
     if (item >= (int64_t)tiles * bkv) return 0;
-    int64_t lo, hi, unused;
     x->b = (int)(item % bkv) / s->KV;
     x->kv = (int)(item % bkv) % s->KV;
     x->t0 = (tiles - 1 - (int)(item / bkv)) * tokens;
-    key_range(mask, s->t0 + x->t0, &lo, &unused);
-    key_range(mask, s->t0 + min64(x->t0 + tokens, s->T) - 1, &unused, &hi);
-    x->k0 = (int)lo;
-    x->steps = (int)((max64(0, min64(hi, s->Tk) - lo) + KEYS - 1) / KEYS);
+    keys_of_tile<ROWS, KEYS>(x, mask, s);
     return 1;
 }
 
@@ -3457,6 +3461,13 @@ __device__ static inline RowStats row_stats(float lse, float gate, float y) { re
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
+// Another branch, whose part of dq is made in one go with that of the one at hand.
+template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
+
+// The branches whose part of dq is made in one go: their keys and values, the stats of the rows in them. They differ in the mask and in the shape's keys.
+typedef struct DqBranch { CUtensorMap k, v; Mask mask; AttentionShape s; const RowStats *stats; } DqBranch;
+typedef struct DqKeys { DqBranch of[2]; int count; } DqKeys;
+
 template <int D, int DV, int KEYS>
 struct HopperDq {
     enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
@@ -3465,14 +3476,14 @@ struct HopperDq {
 
 template <int D, int DV, int KEYS>
 __global__ void __launch_bounds__(HopperDq<D, DV, KEYS>::THREADS, 1)
-hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                 const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ DqKeys keys) {
     #if HOPPER_CODE
     typedef HopperDq<D, DV, KEYS> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES;
     extern __shared__ SharedKilobyte hopper_shared[];
     bf16 *q_tile = (bf16 *)hopper_shared, *dout_tile = q_tile + ROWS * D, *key_tiles = dout_tile + ROWS * DV, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + 1, *full = q_empty + 1, *empty = full + STAGES;
+    const AttentionShape &s = keys.of[0].s;
     const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV;
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1), barrier_init(q_empty, SLABS * 4);
@@ -3487,17 +3498,21 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     if (group == 0) {
         registers_fewer<copy_registers<SLABS>>();
         if (threadIdx.x > 0) return;
-        for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+        for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &keys.of[0].mask, &s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
             barrier_expect(q_full, ROWS / G * G * (D + DV) * 2);
             copy_tile<D>(q_tile, ROWS, &q_map, x.b, x.t0, x.kv * G, q_full);
             copy_tile<DV>(dout_tile, ROWS, &dout_map, x.b, x.t0, x.kv * G, q_full);
             q_ring.next();
-            for (int i = 0; i < x.steps; i++, ring.next()) {
-                barrier_wait(empty + ring.at, ring.parity ^ 1);
-                barrier_expect(full + ring.at, KEYS * (D + DV) * 2);
-                copy_tile<D>(key_tiles + ring.at * KEYS * D, KEYS, &k_map, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
-                copy_tile<DV>(value_tiles + ring.at * KEYS * DV, KEYS, &v_map, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
+            for (int branch = 0; branch < keys.count; branch++) {
+                const DqBranch *of = &keys.of[branch];
+                keys_of_tile<ROWS, KEYS>(&x, &of->mask, &of->s);
+                for (int i = 0; i < x.steps; i++, ring.next()) {
+                    barrier_wait(empty + ring.at, ring.parity ^ 1);
+                    barrier_expect(full + ring.at, KEYS * (D + DV) * 2);
+                    copy_tile<D>(key_tiles + ring.at * KEYS * D, KEYS, &of->k, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
+                    copy_tile<DV>(value_tiles + ring.at * KEYS * DV, KEYS, &of->v, x.b, x.k0 + i * KEYS, x.kv, full + ring.at);
+                }
             }
         }
         return;
@@ -3506,50 +3521,54 @@ hopper_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_
     registers_more<compute_registers<SLABS>>();
     const int slab = group - 1;
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E, factors[2] = {scale, scale};
-    for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+    for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &keys.of[0].mask, &s); round++) {
         const FastRows rows = rows_of_warp<ROWS>(&x, slab, &s);
-        const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &mask, &s);
-        const int steps = same_in_warp(x.steps);
         unsigned slopes[KEYS / 16][4];
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
-        RowStats of_row[2];
-        #pragma unroll
-        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
         barrier_wait(q_full, q_ring.parity);
-        int last = 0;       // the stage before this one
-        for (int i = 0; i < steps; i++, ring.next()) {
-            const bf16 *key_tile = key_tiles + ring.at * KEYS * D, *value_tile = value_tiles + ring.at * KEYS * DV;
-            barrier_wait(full + ring.at, ring.parity);
-            wgmma_begin();
-            slab_times_turned<D, KEYS>(p, q_tile + slab * SLAB_ROWS * PANEL, ROWS, key_tile, KEYS);
-            wgmma_commit();
-            slab_times_turned<DV, KEYS>(dp, dout_tile + slab * SLAB_ROWS * PANEL, ROWS, value_tile, KEYS);
-            wgmma_commit();
-            wgmma_wait<1>();        // the scores, and before them the last tile's sum
-            wgmma_done<KEYS>(p);
-            if (i > 0) let_go(empty + last);
-            last = ring.at;
-            const int k0 = x.k0 + i * KEYS, masked = k0 < seen.all_lo || k0 + KEYS > seen.all_hi;
+        for (int branch = 0; branch < keys.count; branch++) {
+            const DqBranch *of = &keys.of[branch];
+            keys_of_tile<ROWS, KEYS>(&x, &of->mask, &of->s);
+            const SeenKeys seen = seen_keys<FAST_WARPS>(&rows, &of->mask, &of->s);
+            const int steps = same_in_warp(x.steps);
+            RowStats of_row[2];
             #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int i = 0; i < 2; i++) of_row[i] = of->stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
+            int last = 0;       // the stage before this one
+            for (int i = 0; i < steps; i++, ring.next()) {
+                const bf16 *key_tile = key_tiles + ring.at * KEYS * D, *value_tile = value_tiles + ring.at * KEYS * DV;
+                barrier_wait(full + ring.at, ring.parity);
+                wgmma_begin();
+                slab_times_turned<D, KEYS>(p, q_tile + slab * SLAB_ROWS * PANEL, ROWS, key_tile, KEYS);
+                wgmma_commit();
+                slab_times_turned<DV, KEYS>(dp, dout_tile + slab * SLAB_ROWS * PANEL, ROWS, value_tile, KEYS);
+                wgmma_commit();
+                wgmma_wait<1>();        // the scores, and before them the last tile's sum
+                wgmma_done<KEYS>(p);
+                if (i > 0) let_go(empty + last);
+                last = ring.at;
+                const int k0 = x.k0 + i * KEYS, masked = k0 < seen.all_lo || k0 + KEYS > seen.all_hi;
                 #pragma unroll
-                for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - of_row[e / 2].x);
-            if (masked) hide_keys<KEYS>(p, k0, INT_MAX, &seen, 0);
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - of_row[e / 2].x);
+                if (masked) hide_keys<KEYS>(p, k0, INT_MAX, &seen, 0);
+                wgmma_wait<0>();
+                wgmma_done<KEYS>(dp);
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) dp[n][e] = p[n][e] * (dp[n][e] - of_row[e / 2].y);
+                #pragma unroll
+                for (int n = 0; n < KEYS / 16; n++) as_left_factor(slopes[n], dp + 2 * n);
+                wgmma_begin();
+                factor_times_rows<D, KEYS>(sum, slopes, key_tile);
+                wgmma_commit();
+            }
             wgmma_wait<0>();
-            wgmma_done<KEYS>(dp);
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) dp[n][e] = p[n][e] * (dp[n][e] - of_row[e / 2].y);
-            #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) as_left_factor(slopes[n], dp + 2 * n);
-            wgmma_begin();
-            factor_times_rows<D, KEYS>(sum, slopes, key_tile);
-            wgmma_commit();
+            wgmma_done<D>(sum);
+            if (steps > 0) let_go(empty + last);
         }
-        wgmma_wait<0>();
-        wgmma_done<D>(sum);
-        if (steps > 0) let_go(empty + last);
         let_go(q_empty);
         q_ring.next();
 
@@ -3961,13 +3980,18 @@ static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mas
 
 template <int D, int DV, int KEYS>
 static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
-                               const AttentionShape *s) {
+                               const AttentionShape *s, const OtherBranch<bf16> *other) {
     typedef HopperDq<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Plan::ROWS);
-    const CUtensorMap k_map = s->Tk ? key_map(k, D, s->k_row, s, KEYS) : q_map, v_map = s->Tk ? key_map(v, DV, s->v_row, s, KEYS) : q_map;
+    const auto branch = [&](const RowStats *of, const bf16 *keys, const bf16 *values, const Mask *m, const AttentionShape *shape) {
+        const DqBranch x = {shape->Tk ? key_map(keys, D, shape->k_row, shape, KEYS) : q_map, shape->Tk ? key_map(values, DV, shape->v_row, shape, KEYS) : q_map, *m, *shape, of};
+        return x;
+    };
+    DqKeys keys = {{branch(stats, k, v, mask, s)}, other ? 2 : 1};
+    if (other) keys.of[1] = branch(other->stats, other->k, other->v, &other->mask, &other->s);
     allow_shared(hopper_dq_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, stats, q_map, dout_map, k_map, v_map, *mask, *s);
+    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, q_map, dout_map, keys);
     LAUNCHED();
 }
 
@@ -4005,12 +4029,13 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
-                                     const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+                                     const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
+                                     const OtherBranch<bf16> *other) {
     constexpr int WIDE = D == 64 ? HOPPER_KEYS : 64, NARROW = D == 64 ? NARROW_KEYS : 64;       // keys of a tile of dq: at D=128 there is memory for four stages of 64
-    if (mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
-    else if (mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
-    else if (narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
-    else hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    if (dq && mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    else if (dq && mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
+    else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
+    else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
     else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
@@ -4018,10 +4043,11 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
 
 // As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
-                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
+                                      const OtherBranch<bf16> *other) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
-    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
-    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
 }
 
 // ----------------------------------------------------------------------------
@@ -4249,12 +4275,14 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
     simple_attention_forward(out, lse, q, k, v, mask, s);
 }
 
+// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made.
 template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
-                                   const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial) {
+                                   const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
+                                   const OtherBranch<F> *other = NULL) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial)
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other)
                                              : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
@@ -5619,6 +5647,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, g->recompute >= 2);
     F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
     const int64_t size = B * p.text * keys.row;
+    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER;      // for the compressed branch and the window
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
     if (nsa)
@@ -5630,14 +5659,17 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
         const int compressed = nsa && b == CMP;
         const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
         const F *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
+        const int dq_later = compressed && one_dq;
         F *dk = compressed ? s->dcompressed[0] : dkeys + k_at, *dv = compressed ? s->dcompressed[1] : dkeys + v_at;
         for (int i = 0; i < p.own; i++) {       // each piece has gradients of its own of all keys
             const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
-            gpu_attention_backward<F>(s->dq + heads * D, b > 0, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
+            OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
+            if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
+            gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, b > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
                                       a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
-                                      s->delta, &s->takers, s->partial);
+                                      s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL);
         }
         if (!compressed) continue;
         add_pieces(dk, B * nc * KV * D, &p);
