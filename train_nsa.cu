@@ -1528,12 +1528,15 @@ static CompressCall compress_call(const CompressShape *s) {
 __device__ static inline BlockPlace place_of(const CompressCall *a, int64_t row) { return block_place(&a->s, (int)(row / a->rows), row % a->rows); }
 
 // flat (sets·rows, l·D), a block of threads a row
-template <typename F>
+template <typename F, int N>
 __global__ void compress_flatten_kernel(F *flat, const F *x, const float *pos, CompressCall a) {
     const int D = a.s.D, size = (int)a.s.block * D;
     const F *from = x + place_of(&a, blockIdx.x).x;
-    for (int i = threadIdx.x; i < size; i += blockDim.x)
-        flat[blockIdx.x * (int64_t)size + i] = (F)((float)from[i / D * a.s.x_row + i % D] + (pos ? pos[i] : 0));
+    for (int i = threadIdx.x * N; i < size; i += blockDim.x * N) {
+        Pack<F, N> y = load<N>(from + i / D * a.s.x_row + i % D);
+        for (int n = 0; n < N && pos; n++) y.of[n] = (F)((float)y.of[n] + pos[i + n]);
+        store<N>(flat + blockIdx.x * (int64_t)size + i, y);
+    }
 }
 
 // A warp a row.
@@ -1580,22 +1583,40 @@ __global__ void compress_place_kernel(F *out, F *rows, CompressCall a, int back)
     }
 }
 
-// dx: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D). A warp
+// dx: every token gathers from the blocks that cover it. dflat (sets, rows, l·D), or with NULL the mean of dout (B,Nc,KV,D). A thread N channels of
 // a token and head.
-template <typename F>
+template <typename F, int N>
 __global__ void compress_gather_kernel(F *dx, const F *dflat, const F *dout, CompressCall a) {
-    const int64_t item = global_warp(), D = a.s.D, KV = a.s.KV, T = a.s.T, l = a.s.block, d = a.s.stride;
-    if (item >= a.s.B * T * KV) return;
-    const int64_t kv = item % KV, t = item / KV % T, b = item / KV / T, heads = KV / a.sets, set = kv / heads;
+    const int64_t D = a.s.D, KV = a.s.KV, T = a.s.T, l = a.s.block, d = a.s.stride, item = global_thread(), c = item % (D / N) * N, row = item / (D / N);
+    if (row >= a.s.B * T * KV) return;
+    const int64_t kv = row % KV, bt = row / KV, t = bt % T, b = bt / T, heads = KV / a.sets, set = kv / heads;
     const int64_t first = t < l ? 0 : (t - l) / d + 1, last = min64(t / d + 1, a.nc);
-    for (int64_t c = lane(); c < D; c += WARP) {
-        float sum = 0;
-        for (int64_t i = first; i < last; i++) {
-            const int64_t r = (b * a.nc + i) * heads + kv % heads;
-            sum += dflat ? (float)dflat[((set * a.rows + r) * l + t - i * d) * D + c] : (float)dout[((b * a.nc + i) * KV + kv) * D + c] / (float)l;
-        }
-        dx[(b * T + t) * a.s.x_row + kv * D + c] = (F)sum;
+    float sum[N] = {0};
+    for (int64_t i = first; i < last; i++) {
+        const int64_t r = (b * a.nc + i) * heads + kv % heads;
+        const Pack<F, N> x = load<N>(dflat ? dflat + ((set * a.rows + r) * l + t - i * d) * D + c : dout + ((b * a.nc + i) * KV + kv) * D + c);
+        for (int n = 0; n < N; n++) sum[n] += (float)x.of[n];
     }
+    Pack<F, N> y;
+    for (int n = 0; n < N; n++) y.of[n] = (F)(dflat ? sum[n] : sum[n] / (float)l);
+    store<N>(dx + bt * a.s.x_row + kv * D + c, y);
+}
+
+// Whether keys or values x of these heads can be met 16 bytes at a time.
+template <typename F>
+static int packs_of_heads(const F *x, const CompressShape *s) { return packs<F>(s->D) && packs<F>(s->x_row) && (uintptr_t)x % 16 == 0; }
+template <typename F>
+static void compress_flatten(F *flat, const F *x, const float *pos, const CompressCall *a) {
+    const auto kernel = packs_of_heads(x, &a->s) ? compress_flatten_kernel<F, pack_size<F>> : compress_flatten_kernel<F, 1>;
+    kernel<<<grid(a->sets * a->rows, 1), THREADS>>>(flat, x, pos, *a);
+    LAUNCHED();
+}
+template <typename F>
+static void compress_gather(F *dx, const F *dflat, const F *dout, const CompressCall *a) {
+    const int wide = packs_of_heads(dx, &a->s);
+    const auto kernel = wide ? compress_gather_kernel<F, pack_size<F>> : compress_gather_kernel<F, 1>;
+    kernel<<<grid(a->s.B * a->s.T * a->s.KV * (a->s.D / (wide ? pack_size<F> : 1)), THREADS), THREADS>>>(dx, dflat, dout, *a);
+    LAUNCHED();
 }
 
 // Numbers of working memory: flat, two hidden layers, the result.
@@ -1618,8 +1639,7 @@ static void gpu_compress_forward(F *out, F *hidden, const F *x, const CompressWe
         return;
     }
     F *flat = scratch, *h = flat + all * LD, *y = h + 2 * all * W;
-    compress_flatten_kernel<<<grid(all, 1), THREADS>>>(flat, x, w->pos, a);
-    LAUNCHED();
+    compress_flatten(flat, x, w->pos, &a);
     if (s->kind == COMPRESS_CONV1D) {
         gemm(rows, D, LD, flat, LD, 0, m->conv, LD, 1, y, D, 0, sets, rows * LD, D * LD, rows * D);
     } else {
@@ -1644,8 +1664,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
     F *flat = scratch, *h = flat + all * LD, *dh = h + all * W, *dy = dh + all * W;
     if (weights) {
         compress_place_kernel<<<grid(all, WARPS), THREADS>>>(dout, dy, a, 1);
-        compress_flatten_kernel<<<grid(all, 1), THREADS>>>(flat, x, w->pos, a);
-        LAUNCHED();
+        compress_flatten(flat, x, w->pos, &a);
         float *bias = s->kind == COMPRESS_CONV1D ? dw->conv_bias : dw->fc2_bias;
         for (int64_t set = 0; set < sets; set++) column_sums(bias + set * D, rows, D, Plain<F>{dy + set * rows * D, D}, parts);
     }
@@ -1665,8 +1684,7 @@ static void gpu_compress_backward(F *dx, const CompressWeights *dw, F *dout, con
         gemm(rows, LD, W, dh, W, 0, m->fc1, LD, 0, flat, LD, 0, sets, rows * W, W * LD, rows * LD);
         column_sums(dw->pos, all, LD, Plain<F>{flat, LD}, parts);
     }
-    compress_gather_kernel<<<grid(s->B * s->T * s->KV, WARPS), THREADS>>>(dx, compress_has_weights(s->kind) ? (const F *)flat : nullptr, (const F *)dout, a);
-    LAUNCHED();
+    compress_gather(dx, compress_has_weights(s->kind) ? (const F *)flat : nullptr, (const F *)dout, &a);
 }
 
 // ----------------------------------------------------------------------------
@@ -2615,22 +2633,31 @@ __global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *partial, 
 enum { TAKER_QUERIES = 128 };
 static int64_t taker_stretches(const AttentionShape *s) { return (s->T + TAKER_QUERIES - 1) / TAKER_QUERIES; }
 
-// seen (B,KV,stretches,blocks): counts, or with `fill` where the takers of the stretch begin in their list. A block of one warp a stretch.
+// seen (B,KV,stretches,blocks): counts, or with `fill` where the takers of the stretch begin in their list. A block of one warp a stretch. Choices of
+// AHEAD queries, as far as a warp holds them, are asked for at once: one after the other, each query would wait for memory.
 __global__ void takers_kernel(int *seen, Takers takers, const int *block_idx, int64_t n, AttentionShape s, int64_t stretches, int fill) {
-    extern __shared__ int taken[];
-    const int64_t stretch = blockIdx.x % stretches, bkv = blockIdx.x / stretches, t0 = stretch * TAKER_QUERIES;
+    enum { AHEAD = 16 };
+    extern __shared__ int taken[];      // so many of this block so far; with `fill` the next place in the list of (b, kv)
+    const int64_t stretch = blockIdx.x % stretches, bkv = blockIdx.x / stretches, t0 = stretch * TAKER_QUERIES, t1 = min64(t0 + TAKER_QUERIES, s.T);
     const int64_t *start = takers.start + bkv * (takers.blocks + 1);
-    int *own = seen + blockIdx.x * takers.blocks;
-    for (int64_t j = lane(); j < takers.blocks; j += WARP) taken[j] = fill ? own[j] : 0;
+    int *own = seen + blockIdx.x * takers.blocks, *to = fill ? takers.queries + start[0] : NULL;
+    for (int64_t j = lane(); j < takers.blocks; j += WARP) taken[j] = fill ? own[j] + (int)(start[j] - start[0]) : 0;
     __syncwarp();
-    for (int64_t t = t0; t < min64(t0 + TAKER_QUERIES, s.T); t++) {
-        const int *idx = block_idx + ((bkv / s.KV * s.T + t) * s.KV + bkv % s.KV) * n;
-        for (int64_t m = lane(); m < n; m += WARP) {
-            if (idx[m] < 0) continue;
-            if (fill) takers.queries[start[idx[m]] + taken[idx[m]]] = (int)t;
-            taken[idx[m]]++;
+    const auto choices_of = [&](int64_t t) { return block_idx + ((bkv / s.KV * s.T + t) * s.KV + bkv % s.KV) * n; };
+    for (int64_t t = t0; t < t1; t += AHEAD) {
+        int first[AHEAD];       // of each query's choices, a lane
+        #pragma unroll
+        for (int u = 0; u < AHEAD; u++) first[u] = t + u < t1 && lane() < n ? choices_of(t + u)[lane()] : -1;
+        #pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            for (int64_t m = lane(); m < n && t + u < t1; m += WARP) {
+                const int block = m < WARP ? first[u] : choices_of(t + u)[m];
+                if (block < 0) continue;
+                const int place = taken[block]++;
+                if (fill) to[place] = (int)(t + u);
+            }
+            __syncwarp();
         }
-        __syncwarp();
     }
     for (int64_t j = lane(); j < takers.blocks && !fill; j += WARP) own[j] = taken[j];
 }
@@ -4044,7 +4071,7 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
 // As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                       const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                      const OtherBranch<bf16> *other) {
+                                      const OtherBranch<bf16> *other = NULL) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
     if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
     else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
