@@ -3488,36 +3488,12 @@ __device__ static inline RowStats row_stats(float lse, float gate, float y) { re
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
-// The end of dq: the result, with what dq has of branches before, is turned back to before RoPE and goes to rows of `row` numbers, no more to dq; `table` has the
-// angles of all positions. With stats, the part of another branch is made in one go with that of the one at hand.
-template <typename F> struct DqEnd { F *to; int64_t row; const float *table; const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
+// Another branch, whose part of dq is made in one go with that of the one at hand.
+template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
 
 // The branches whose part of dq is made in one go: their keys and values, the stats of the rows in them. They differ in the mask and in the shape's keys.
 typedef struct DqBranch { CUtensorMap k, v; Mask mask; AttentionShape s; const RowStats *stats; } DqBranch;
 typedef struct DqKeys { DqBranch of[2]; int count; } DqKeys;
-
-// As store_dq, turned back: a pair of channels (c, c + D/2) is one lane's.
-template <int D>
-__device__ static inline void store_turned_dq(bf16 *to_rows, int64_t to_row, const float *table, const float *dq, int accumulate, const float (*sum)[4], float factor,
-                                              const FastRows *rows, const AttentionShape *s) {
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int row = rows->first + lane() / 4 + i * 8;
-        if (row > rows->last) continue;
-        const float2 *from = (const float2 *)(dq + place_of_row(rows, row, s) * D) + lane() % 4;
-        const float2 *cosine = (const float2 *)(table + (s->t0 + row / (s->H / s->KV)) * D) + lane() % 4;
-        unsigned *to = (unsigned *)(to_rows + token_of_row(rows, row, s) * to_row + head_of_row(rows, row, s) * D) + lane() % 4;
-        #pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            constexpr int HALF = D / 4;     // of the channels, in pairs of numbers
-            const float2 c = cosine[n * 4], z = cosine[n * 4 + HALF], none = make_float2(0, 0), a = accumulate ? from[n * 4] : none, b = accumulate ? from[n * 4 + HALF] : none;
-            const float a0 = a.x + sum[n][i * 2] * factor, a1 = a.y + sum[n][i * 2 + 1] * factor;
-            const float b0 = b.x + sum[n + D / 16][i * 2] * factor, b1 = b.y + sum[n + D / 16][i * 2 + 1] * factor;
-            to[n * 4] = two_bf16(a0 * c.x + b0 * z.x, a1 * c.y + b1 * z.y);
-            to[n * 4 + HALF] = two_bf16(b0 * c.x - a0 * z.x, b1 * c.y - a1 * z.y);
-        }
-    }
-}
 
 template <int D, int DV, int KEYS>
 struct HopperDq {
@@ -3527,8 +3503,7 @@ struct HopperDq {
 
 template <int D, int DV, int KEYS>
 __global__ void __launch_bounds__(HopperDq<D, DV, KEYS>::THREADS, 1)
-hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ DqKeys keys,
-                 bf16 *turned, int64_t turned_row, const float *table) {
+hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ DqKeys keys) {
     #if HOPPER_CODE
     typedef HopperDq<D, DV, KEYS> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES;
@@ -3624,8 +3599,7 @@ hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap 
         let_go(q_empty);
         q_ring.next();
 
-        if (turned) store_turned_dq<D>(turned, turned_row, table, dq, accumulate, sum, scale, &rows, &s);
-        else store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
+        store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
 }
@@ -4033,7 +4007,7 @@ static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mas
 
 template <int D, int DV, int KEYS>
 static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
-                               const AttentionShape *s, const DqEnd<bf16> *end) {
+                               const AttentionShape *s, const OtherBranch<bf16> *other) {
     typedef HopperDq<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS), dout_map = query_map(dout, DV, s->H * DV, s, Plan::ROWS);
@@ -4041,11 +4015,10 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
         const DqBranch x = {shape->Tk ? key_map(keys, D, shape->k_row, shape, KEYS) : q_map, shape->Tk ? key_map(values, DV, shape->v_row, shape, KEYS) : q_map, *m, *shape, of};
         return x;
     };
-    DqKeys keys = {{branch(stats, k, v, mask, s)}, end && end->stats ? 2 : 1};
-    if (keys.count == 2) keys.of[1] = branch(end->stats, end->k, end->v, &end->mask, &end->s);
+    DqKeys keys = {{branch(stats, k, v, mask, s)}, other ? 2 : 1};
+    if (other) keys.of[1] = branch(other->stats, other->k, other->v, &other->mask, &other->s);
     allow_shared(hopper_dq_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, q_map, dout_map, keys, end ? end->to : NULL, end ? end->row : 0,
-                                                                                                              end ? end->table : NULL);
+    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, q_map, dout_map, keys);
     LAUNCHED();
 }
 
@@ -4084,12 +4057,12 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                     const DqEnd<bf16> *end) {
+                                     const OtherBranch<bf16> *other) {
     constexpr int WIDE = D == 64 ? HOPPER_KEYS : 64, NARROW = D == 64 ? NARROW_KEYS : 64;       // keys of a tile of dq: at D=128 there is memory for four stages of 64
     if (dq && mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
     else if (dq && mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
-    else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, end);
-    else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, end);
+    else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
+    else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
     if (s->Tk == 0) return;
     if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
     else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
@@ -4098,10 +4071,10 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
 // As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                       const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                      const DqEnd<bf16> *end = NULL) {
+                                      const OtherBranch<bf16> *other = NULL) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
-    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, end);
-    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, end);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
 }
 
 // ----------------------------------------------------------------------------
@@ -4329,14 +4302,14 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
     simple_attention_forward(out, lse, q, k, v, mask, s);
 }
 
-// `end` is for Hopper's kernels and ranges of keys only. Without dq only dk and dv are made.
+// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made.
 template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                   const DqEnd<F> *end = NULL) {
+                                   const OtherBranch<F> *other = NULL) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, end)
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other)
                                              : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
@@ -5701,10 +5674,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, g->recompute >= 2);
     F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
     const int64_t size = B * p.text * keys.row;
-    AttentionShape last = attention_shape(c, B, &p, 0, row.size, keys.row);
-    const Mask last_mask = branch_mask(c, NULL, &last, layer, row.branches - 1);
-    // The last branch, the window or all keys, ends dq, and brings that of the compressed branch with it.
-    const int ends_dq = std::is_same<F, bf16>::value && fast_attention(&last, &last_mask) && hopper_attention(&last, &last_mask);
+    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER;      // for the compressed branch and the window
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
     if (nsa)
@@ -5716,17 +5686,17 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
         const int compressed = nsa && b == CMP;
         const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
         const F *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
+        const int dq_later = compressed && one_dq;
         F *dk = compressed ? s->dcompressed[0] : dkeys + k_at, *dv = compressed ? s->dcompressed[1] : dkeys + v_at;
         for (int i = 0; i < p.own; i++) {       // each piece has gradients of its own of all keys
             const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
-            DqEnd<F> end = {s->dwide + first * row.size + row.q, row.size, g->rope, NULL, a->compressed[0], a->compressed[1], mask,
-                            attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
-            if (nsa && ends_dq) end.mask = branch_mask(c, NULL, &end.s, layer, CMP), end.stats = s->stats + CMP * N * H + heads;
-            gpu_attention_backward<F>(compressed && ends_dq ? NULL : s->dq + heads * D, b > (nsa && ends_dq), dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv,
-                                      nsa ? a->gates + heads * BRANCHES + b : NULL, a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL,
-                                      a->wide + first * row.size, k, v, &mask, &shape, s->delta, &s->takers, s->partial, ends_dq && b == row.branches - 1 ? &end : NULL);
+            OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
+            if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
+            gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, b > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
+                                      a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
+                                      s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL);
         }
         if (!compressed) continue;
         add_pieces(dk, B * nc * KV * D, &p);
@@ -5749,7 +5719,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
         const float *angles = g->rope + piece_start(&p, i) * D;
         F *dwide = s->dwide + i * rows * row.size;
         gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
-        if (!ends_dq) gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
+        gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
     }
     if (!nsa) return a->branch[0];
     column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);
