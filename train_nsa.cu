@@ -398,6 +398,7 @@ static inline void cp_async_8(void *to, const void *from) { emu_cp_async(to, fro
 static inline void cp_async_commit(void) { emu_cp_async_commit(); }
 template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(LEFT); }
 static inline float power_of_2(float x) { return exp2f(x); }
+static inline float fast_divide(float x, float y) { return x / y; }
 static inline unsigned two_f16(float low, float high) { return emu_f16(low) | emu_f16(high) << 16; }
 static inline float2 of_two_f16(unsigned pair) { return make_float2(emu_float_of_f16(pair & 0xffff), emu_float_of_f16(pair >> 16)); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
@@ -453,6 +454,7 @@ __device__ static inline float power_of_2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ static inline float fast_divide(float x, float y) { return __fdividef(x, y); }
 // Two numbers of 16 bits, 11 of them digits.
 __device__ static inline unsigned two_f16(float low, float high) {
     unsigned pair;
@@ -4469,50 +4471,68 @@ struct GateWeightGradient {
 // ----------------------------------------------------------------------------
 // SwiGLU
 
-// gate_up (n,2f) = a | u: h (n,f) = silu(a)·u. With `rows` (on the GPU) only so many of the n rows.
+// In bf16 the rounding of the result hides that of the fast power and division.
+template <typename F>
+__device__ static inline float sigmoid_of(float x) {
+    if constexpr (sizeof(F) == sizeof(bf16)) return fast_divide(1, 1 + power_of_2(-x * LOG2E));
+    else return sigmoid(x);
+}
+
+// gate_up (n,2f) = a | u: h (n,f) = silu(a)·u. With `rows` (on the GPU) only so many of the n rows. A block has a row, or some where these are short.
 template <typename F, int N>
-__global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int64_t f, const int64_t *rows) {
-    const int64_t item = global_thread() * N;
-    if (item >= (rows ? *rows : n) * f) return;
-    const F *at = gate_up + item / f * 2 * f + item % f;
-    const Pack<F, N> a = load<N>(at), u = load<N>(at + f);
-    Pack<F, N> y;
-    for (int v = 0; v < N; v++) y.of[v] = (F)((float)a.of[v] * sigmoid((float)a.of[v]) * (float)u.of[v]);
-    store<N>(h + item, y);
+__global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int f, const int64_t *rows) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= (rows ? *rows : n)) return;
+    for (int j = (int)threadIdx.x * N; j < f; j += (int)blockDim.x * N) {
+        const Pack<F, N> a = load<N>(gate_up + row * 2 * f + j), u = load<N>(gate_up + row * 2 * f + f + j);
+        Pack<F, N> y;
+        for (int v = 0; v < N; v++) y.of[v] = (F)((float)a.of[v] * sigmoid_of<F>((float)a.of[v]) * (float)u.of[v]);
+        store<N>(h + row * f + j, y);
+    }
 }
 
 // gate_up becomes its gradient in place; h (n,f) is made again for the gradient of the matrix behind it. dh may be h.
 template <typename F, int N>
-__global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {
-    const int64_t item = global_thread() * N;
-    if (item >= n * f) return;
-    F *at = gate_up + item / f * 2 * f + item % f;
-    const Pack<F, N> a = load<N>(at), u = load<N>(at + f), g = load<N>(dh + item);
-    Pack<F, N> da, du, y;
-    for (int v = 0; v < N; v++) {
-        const float x = (float)a.of[v], up = (float)u.of[v], s = sigmoid(x), d = (float)g.of[v];
-        y.of[v] = (F)(x * s * up);
-        da.of[v] = (F)(d * up * s * (1 + x * (1 - s)));
-        du.of[v] = (F)(d * x * s);
+__global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n, int f) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= n) return;
+    for (int j = (int)threadIdx.x * N; j < f; j += (int)blockDim.x * N) {
+        F *at = gate_up + row * 2 * f + j;
+        const Pack<F, N> a = load<N>(at), u = load<N>(at + f), g = load<N>(dh + row * f + j);
+        Pack<F, N> da, du, y;
+        for (int v = 0; v < N; v++) {
+            const float x = (float)a.of[v], up = (float)u.of[v], s = sigmoid_of<F>(x), d = (float)g.of[v];
+            y.of[v] = (F)(x * s * up);
+            da.of[v] = (F)(d * up * s * (1 + x * (1 - s)));
+            du.of[v] = (F)(d * x * s);
+        }
+        store<N>(at, da);
+        store<N>(at + f, du);
+        store<N>(h + row * f + j, y);
     }
-    store<N>(at, da);
-    store<N>(at + f, du);
-    store<N>(h + item, y);
+}
+
+// Threads of a block along a row of f numbers, N each at a time, and rows of a block.
+static dim3 row_threads(int64_t f, int N) {
+    const unsigned along = (unsigned)min64(THREADS, round_up((f + N - 1) / N, WARP));
+    return dim3(along, THREADS / along);
 }
 
 template <typename F>
 static void gpu_swiglu_forward(F *h, const F *gate_up, int64_t n, int64_t f, const int64_t *rows = NULL) {
-    constexpr int N = pack_size<F>;
-    if (packs<F>(f)) swiglu_forward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(h, gate_up, n, f, rows);
-    else swiglu_forward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(h, gate_up, n, f, rows);
+    const int N = packs<F>(f) ? pack_size<F> : 1;
+    const auto kernel = N > 1 ? swiglu_forward_kernel<F, pack_size<F>> : swiglu_forward_kernel<F, 1>;
+    const dim3 threads = row_threads(f, N);
+    kernel<<<grid(n, threads.y), threads>>>(h, gate_up, n, (int)f, rows);
     LAUNCHED();
 }
 
 template <typename F>
 static void gpu_swiglu_backward(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {
-    constexpr int N = pack_size<F>;
-    if (packs<F>(f)) swiglu_backward_kernel<F, N><<<grid(n * f / N, THREADS), THREADS>>>(gate_up, h, dh, n, f);
-    else swiglu_backward_kernel<F, 1><<<grid(n * f, THREADS), THREADS>>>(gate_up, h, dh, n, f);
+    const int N = packs<F>(f) ? pack_size<F> : 1;
+    const auto kernel = N > 1 ? swiglu_backward_kernel<F, pack_size<F>> : swiglu_backward_kernel<F, 1>;
+    const dim3 threads = row_threads(f, N);
+    kernel<<<grid(n, threads.y), threads>>>(gate_up, h, dh, n, (int)f);
     LAUNCHED();
 }
 
@@ -4629,7 +4649,7 @@ __global__ void grouped_swiglu_backward_kernel(float *dweight, F *dh, F *gate_up
         const Pack<F, V> a = load<V>(gate_up + i * 2 * f + j), u = load<V>(gate_up + i * 2 * f + f + j);
         Pack<F, V> g = load<V>(dh + i * f + j), da, du;
         for (int v = 0; v < V; v++) {
-            const float x = (float)a.of[v], y = (float)u.of[v], s = sigmoid(x), h = x * s * y, dy = w * (float)g.of[v];
+            const float x = (float)a.of[v], y = (float)u.of[v], s = sigmoid_of<F>(x), h = x * s * y, dy = w * (float)g.of[v];
             sum += (float)g.of[v] * h;
             g.of[v] = (F)(w * h);
             da.of[v] = (F)(dy * y * s * (1 + x * (1 - s)));
