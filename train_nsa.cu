@@ -1157,7 +1157,8 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
 // `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
-// (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ...
+// (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ..., of which it asks for ROPE_HEADS at once.
+enum { ROPE_HEADS = 4 };
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
     const int half = d / 2;
@@ -1166,25 +1167,35 @@ __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float 
     const float *angles = table + (i % period) * step * d;
     for (int j = (int)threadIdx.x * N; j < half; j += (int)blockDim.x * N) {
         const Pack<float, N> cosine = load<N>(angles + j), sine = load<N>(angles + half + j);
-        for (int h = (int)threadIdx.y; h < heads.count; h += (int)blockDim.y) {
-            F *a = x + i * x_row + head_place(&heads, h, d) + j, *b = a + half;
-            Pack<F, N> first, second;
-            Pack<float, N> aj, bj;
-            if (from) {
-                aj = load<N>(from + (i * heads.count + h) * d + j);
-                bj = load<N>(from + (i * heads.count + h) * d + half + j);
-            } else {
-                first = load<N>(a);
-                second = load<N>(b);
-                for (int v = 0; v < N; v++) aj.of[v] = (float)first.of[v], bj.of[v] = (float)second.of[v];
+        for (int h0 = (int)threadIdx.y; h0 < heads.count; h0 += ROPE_HEADS * (int)blockDim.y) {
+            Pack<float, N> aj[ROPE_HEADS], bj[ROPE_HEADS];
+            #pragma unroll
+            for (int u = 0; u < ROPE_HEADS; u++) {
+                const int h = h0 + u * (int)blockDim.y;
+                if (h >= heads.count) continue;
+                if (from) {
+                    aj[u] = load<N>(from + (i * heads.count + h) * d + j);
+                    bj[u] = load<N>(from + (i * heads.count + h) * d + half + j);
+                } else {
+                    const F *a = x + i * x_row + head_place(&heads, h, d) + j;
+                    const Pack<F, N> first = load<N>(a), second = load<N>(a + half);
+                    for (int v = 0; v < N; v++) aj[u].of[v] = (float)first.of[v], bj[u].of[v] = (float)second.of[v];
+                }
             }
-            for (int v = 0; v < N; v++) {
-                const float turned = turn * sine.of[v];
-                first.of[v] = (F)(aj.of[v] * cosine.of[v] - bj.of[v] * turned);
-                second.of[v] = (F)(bj.of[v] * cosine.of[v] + aj.of[v] * turned);
+            #pragma unroll
+            for (int u = 0; u < ROPE_HEADS; u++) {
+                const int h = h0 + u * (int)blockDim.y;
+                if (h >= heads.count) continue;
+                F *a = x + i * x_row + head_place(&heads, h, d) + j;
+                Pack<F, N> first, second;
+                for (int v = 0; v < N; v++) {
+                    const float turned = turn * sine.of[v];
+                    first.of[v] = (F)(aj[u].of[v] * cosine.of[v] - bj[u].of[v] * turned);
+                    second.of[v] = (F)(bj[u].of[v] * cosine.of[v] + aj[u].of[v] * turned);
+                }
+                store<N>(a, first);
+                store<N>(a + half, second);
             }
-            store<N>(a, first);
-            store<N>(b, second);
         }
     }
 }
@@ -1195,7 +1206,8 @@ static void gpu_rope(F *x, int64_t x_row, const float *from, const float *table,
     const int whole = packs<F>(d / 2) && packs<F>(x_row), N = whole ? pack_size<F> : 1;
     auto *kernel = whole ? rope_kernel<F, pack_size<F>> : rope_kernel<F, 1>;
     // A block takes the packs of a head, some heads of a row, as many each time, and where that leaves threads more rows.
-    const int of_head = min32(d / 2 / N, THREADS), most = THREADS / of_head, times = (heads->count + most - 1) / most, at_once = (heads->count + times - 1) / times;
+    const int of_head = min32(d / 2 / N, THREADS), most = THREADS / of_head, times = max32((heads->count + most - 1) / most, min32(ROPE_HEADS, heads->count));
+    const int at_once = (heads->count + times - 1) / times;
     const int rows = min32(64, THREADS / (of_head * at_once));
     kernel<<<grid(n, rows), dim3((unsigned)of_head, (unsigned)at_once, (unsigned)rows)>>>(x, x_row, from, table, n, period, step, *heads, d, (float)turn);
     LAUNCHED();
