@@ -1710,7 +1710,11 @@ static int64_t importance_row(const AttentionShape *s, const SelectShape *sel) {
 static int64_t select_chunk(const AttentionShape *s, const SelectShape *sel) {
     return min64(s->B * s->T * s->KV, max64(1024, SELECT_NUMBERS / (s->Tk + importance_row(s, sel))));
 }
-static int64_t select_scratch(const AttentionShape *s, const SelectShape *sel) { return select_chunk(s, sel) * (s->Tk + importance_row(s, sel)); }
+// Enough for any piece of the text, if s is its last one: earlier ones have shorter rows, but more of them in a chunk.
+static int64_t select_scratch(const AttentionShape *s, const SelectShape *sel) {
+    const int64_t numbers = s->Tk + importance_row(s, sel);
+    return min64(s->B * s->T * s->KV * numbers, max64(SELECT_NUMBERS, 1024 * numbers));
+}
 
 // Places that are left to the most important blocks.
 DEVICE static inline int free_places(const SelectShape *sel) { return sel->n - sel->n_init - sel->n_local; }
@@ -3328,11 +3332,11 @@ struct SelectedSlab {
         return now;
     }
 };
-// The two rows of a lane among the queries of its group, and which queries the warp has, a bit each.
-struct GroupRows { int query[2]; unsigned queries; };
+// The two rows of a lane among the queries of its group.
+struct GroupRows { int query[2]; };
 HOPPER_DEVICE static inline GroupRows group_rows(int G) {
     const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
-    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}, (2u << min32((first + MMA_ROWS - 1) / G, WARP - 1)) - (1u << min32(first / G, WARP - 1))};
+    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}};
     return rows;
 }
 HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
@@ -3500,8 +3504,6 @@ static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const
 typedef float2 RowStats;
 __device__ static inline RowStats row_stats(float lse, float gate, float y) { return make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E - log2f(gate), y); }
 
-// dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
-// spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
 // Another branch, whose part of dq is made in one go with that of the one at hand.
 template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
 
@@ -3509,6 +3511,8 @@ template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v
 typedef struct DqBranch { CUtensorMap k, v; Mask mask; AttentionShape s; const RowStats *stats; } DqBranch;
 typedef struct DqKeys { DqBranch of[2]; int count; } DqKeys;
 
+// dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
+// spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
 template <int D, int DV, int KEYS>
 struct HopperDq {
     enum { SLABS = 2, ROWS = SLABS * SLAB_ROWS, STAGES = 4, THREADS = (SLABS + 1) * WARPGROUP };
@@ -4224,16 +4228,16 @@ static int64_t weight_numbers(const AttentionShape *s, const SelectShape *sel) {
     const int64_t row = weight_row(s, sel);
     return s->H * (row / 2 + row / TILE_BLOCKS);
 }
+static int64_t choice_tile(const AttentionShape *s) { return slab_tokens(s, s->D == 64 ? (int)HopperForward<64, 64, HOPPER_KEYS>::ROWS : (int)HopperForward<128, 128, HOPPER_KEYS>::ROWS); }
 // Texts, and queries of one, that are done at once: whole texts or whole waves of tiles.
 static int64_t choice_queries(int64_t *texts, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t most = max64(1, WEIGHT_NUMBERS / weight_numbers(s, sel)), tile = slab_tokens(s, (s->D == 64 ? 3 : 2) * SLAB_ROWS), wave = max64(1, gpu.multiProcessorCount / s->KV) * tile;
+    const int64_t most = max64(1, WEIGHT_NUMBERS / weight_numbers(s, sel)), tile = choice_tile(s), wave = max64(1, gpu.multiProcessorCount / s->KV) * tile;
     *texts = max64(1, min64(s->B, most / s->T));
     return most >= s->T ? s->T : most > wave ? most / wave * wave : max64(tile, most / tile * tile);
 }
+// As select_scratch.
 static int64_t hopper_choice_scratch(const AttentionShape *s, const SelectShape *sel) {
-    int64_t texts;
-    const int64_t queries = choice_queries(&texts, s, sel);
-    return texts * queries * weight_numbers(s, sel);
+    return min64(s->B * s->T * weight_numbers(s, sel), max64(WEIGHT_NUMBERS, choice_tile(s) * weight_numbers(s, sel)));
 }
 
 // A warp a row (b,t,kv). A lane sums up two blocks over the heads; how much a weight of a head counts, one lane finds out for all.

@@ -514,6 +514,29 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
     free(name);
 }
 
+// The memory for the choice of blocks is measured on the last piece of a text and serves all.
+static void test_select_scratch(void) {
+    const SelectShape sel = {32, 16, 64, 16, 1, 2};
+    int cases = 0;
+    if (only && !strstr("scratch of pieces", only)) return;
+    for (int64_t T = 3000; T < 3000000; T = T * 5 / 4 + 1)
+        for (int64_t parts = 1; parts <= 16; parts *= 2)
+            for (int D = 64; D <= 128; D *= 2) {
+                const int64_t length = T / parts, tk = compressed_seen(length * parts - 1, sel.cmp_block, sel.cmp_stride);
+                AttentionShape s = {1, length, tk, 16, D / 64, D, D, (int64_t)16 * D, (int64_t)D * D / 64, (int64_t)D * D / 64, (parts - 1) * length};
+                const int64_t weights = select_scratch(&s, &sel), left = hopper_choice_scratch(&s, &sel);
+                for (int64_t i = 0; i < parts; i++, cases++) {
+                    s.t0 = i * length;
+                    int64_t texts;
+                    const int64_t queries = choice_queries(&texts, &s, &sel), takes = select_chunk(&s, &sel) * (s.Tk + importance_row(&s, &sel));
+                    check(takes <= weights, "T=%lld in %d, piece %d: %lld numbers of weights, and memory for %lld", (long long)T, (int)parts, (int)i, (long long)takes, (long long)weights);
+                    check(texts * queries * weight_numbers(&s, &sel) <= left, "T=%lld in %d, piece %d: %lld queries at once leave more than %lld numbers", (long long)T, (int)parts, (int)i,
+                          (long long)queries, (long long)left);
+                }
+            }
+    printf("%-46s %d pieces\n", "scratch of pieces", cases);
+}
+
 // ----------------------------------------------------------------------------
 // RMSNorm's backward by itself: rows of widths that a whole model would take long for, and more rows than the blocks take at a time
 
@@ -552,6 +575,7 @@ int main(int argc, char **argv) {
     test_pieces<bf16>("Hopper", 128, 128, 5, 1, 48, 3);
     test_pieces<bf16>("Hopper, weights left", 64, 64, 4, 1, 16, 5);
     test_pieces<bf16>("Hopper, weights left", 128, 128, 10, 2, 16, 5);
+    test_select_scratch();
     const int64_t widths[] = {8, 37, 40, 768, 1030, 2056, 4104};
     for (int64_t c : widths) {
         test_norm<float>(c < 100 ? 603 : 11, c);
