@@ -456,7 +456,7 @@ __device__ static inline float power_of_2(float x) {
 }
 __device__ static inline float fast_divide(float x, float y) { return __fdividef(x, y); }
 // Two numbers of 16 bits, 11 of them digits.
-__device__ static inline unsigned two_f16(float low, float high) {
+HOPPER_DEVICE static inline unsigned two_f16(float low, float high) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
