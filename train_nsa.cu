@@ -2879,6 +2879,7 @@ __device__ static inline void factor_times_rows(float (*d)[4], const unsigned (*
 }
 
 // x, of which the compiler is to know that all lanes of a warp have the same: what follows from it, such as the factors of wgmma, then is computed once a warp.
+// All lanes must be here.
 HOPPER_DEVICE static inline int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
 
 // A warp has done with a buffer: all its lanes have, when one of them says so.
@@ -2992,7 +2993,7 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
 
 enum { CHOICE_KEYS = 4, TILE_BLOCKS = HOPPER_KEYS / CHOICE_KEYS };       // compressed keys that begin in a selected block; selected blocks of a tile
 enum { WEIGHT_SHIFT = 12 };     // weights are left times 2^12: the least number of 16 bits is then 2^-36 of the weight of the highest score, the largest sum 2^15
-// of (N,H,row): block j's weight; top (tiles,N·H): the score, times log2(e)/sqrt(D), under whose exponential a tile's weights are.
+// of (N,H,row): block j's weight; top (tiles of TILE_BLOCKS blocks, rows), rows = N·H: the score, times log2(e)/sqrt(D), under whose exponential a tile's weights are.
 typedef struct BlockWeights { unsigned short *of; float *top; unsigned row, rows; } BlockWeights;
 // CHOOSES reads keys i = CHOICE_KEYS·j + c by their block j: `more` has the blocks of the first `rest` places, of which there is one more than of the others.
 typedef struct KeyMaps { CUtensorMap k, v, more_k, more_v; int rest; } KeyMaps;
@@ -3003,6 +3004,7 @@ struct HopperForward {
     enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES };
 };
 
+// A tile of keys or values (HOPPER_KEYS,W) for CHOOSES, those of the blocks from compressed key k0 on: TILE_BLOCKS rows of each place.
 template <int W>
 __device__ static inline void copy_blocks(bf16 *tile, const CUtensorMap *map, const CUtensorMap *more, int rest, int b, int k0, int kv, uint64_t *full) {
     #pragma unroll
@@ -3910,7 +3912,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         barrier_arrive(empty + at);     // each lane for itself, as each has read the stats: so compute-sanitizer can follow
     };
 
-    const auto make_factors = [&] {     // of the stage at hand, which is met
+    const auto make_factors = [&] {     // of the stage at hand, when it is there
         barrier_wait(full + ring.at, ring.parity);
         issue_scores(ring.at);
         issue_slopes(ring.at);
@@ -3925,44 +3927,46 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     // The sums of a stage and the scores of the next are on their way together, as far as registers reach: at D = 64 with dout·Vᵀ; at D = 128 the exponentials
     // are made under the sums, and dout·Vᵀ follows these. Queries that come one by one are what is waited for: there a stage is let go of at once.
     constexpr int STRIDE = LISTED ? SLABS : 1;
-    constexpr bool AHEAD = D == 64 || !LISTED;
     const int first = LISTED ? slab : 0;
     ring.skip(first);
-    if (AHEAD && first < steps) make_factors();
-    for (int i = AHEAD ? first + STRIDE : first; i < steps; i += STRIDE) {
-        const int before = ring.at;
-        if (!AHEAD) {
+    if constexpr (D > 64 && LISTED) {
+        for (int i = first; i < steps; i += STRIDE, ring.skip(STRIDE)) {
             make_factors();
-            issue_sums(before);
+            issue_sums(ring.at);
             wgmma_wait<0>();
-            sums_done(before);
+            sums_done(ring.at);
+        }
+    } else if (first < steps) {
+        make_factors();
+        for (int i = first + STRIDE; i < steps; i += STRIDE) {
+            const int before = ring.at;
             ring.skip(STRIDE);
-            continue;
+            if constexpr (D == 64) {
+                issue_sums(before);
+                barrier_wait(full + ring.at, ring.parity);
+                issue_scores(ring.at);
+                issue_slopes(ring.at);
+                wgmma_wait<2>();
+                sums_done(before);
+                look_up(ring.at);
+                wgmma_wait<1>();
+                make_weights(ring.at);
+                wgmma_wait<0>();
+            } else {
+                barrier_wait(full + ring.at, ring.parity);
+                issue_scores(ring.at);
+                issue_sums(before);
+                look_up(ring.at);
+                wgmma_wait<1>();
+                make_weights(ring.at);
+                wgmma_wait<0>();
+                sums_done(before);
+                issue_slopes(ring.at);
+                wgmma_wait<0>();
+            }
+            make_slopes(ring.at);
+            as_factors();
         }
-        ring.skip(STRIDE);
-        if (D == 64) issue_sums(before);
-        barrier_wait(full + ring.at, ring.parity);
-        issue_scores(ring.at);
-        if (D == 64) {
-            issue_slopes(ring.at);
-            wgmma_wait<2>();
-            sums_done(before);
-        } else {
-            issue_sums(before);
-        }
-        look_up(ring.at);
-        wgmma_wait<1>();
-        make_weights(ring.at);
-        wgmma_wait<0>();
-        if (D > 64) {
-            sums_done(before);
-            issue_slopes(ring.at);
-            wgmma_wait<0>();
-        }
-        make_slopes(ring.at);
-        as_factors();
-    }
-    if (AHEAD && first < steps) {
         issue_sums(ring.at);
         wgmma_wait<0>();
         sums_done(ring.at);
@@ -4275,6 +4279,7 @@ __global__ void __launch_bounds__(THREADS, 5) choose_by_weights_kernel(int *bloc
     best.store(x.idx + sel.n_init);
 }
 
+// gpu_compressed_forward, where hopper_choice lets it.
 static void hopper_compressed_forward(bf16 *out, float *lse, int *block_idx, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s,
                                       const SelectShape *sel, float *scratch) {
     int64_t texts;

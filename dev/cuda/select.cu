@@ -13,6 +13,7 @@
 #include "../../train_nsa.cu"
 #include "test/check.h"
 #include "bench.h"
+#include <algorithm>
 #include <vector>
 
 static Rng rng = {31, 1, 0};
@@ -77,8 +78,9 @@ static float *host_of_bf16(const bf16 *x, int64_t n) {
     return y;
 }
 
+static float float_of_f16(unsigned bits) { return bits & 0x7c00 ? ldexpf((float)(1024 + bits % 1024), (int)(bits >> 10) - 25) : ldexpf((float)(bits % 1024), -24); }     // not negative
+
 // The compressed branch that leaves weights: its result and log-sum-exp against double precision, then `got`, the importances that follow from them, and the choice.
-static float float_of_f16(unsigned bits) { return (bits & 0x7c00 ? ldexpf((float)(1024 + bits % 1024), (int)(bits >> 10) - 25) : ldexpf((float)(bits % 1024), -24)); }
 template <typename Importances, typename Choices>
 static void check_weights_left(const bf16 *q, const bf16 *k, const float *host_q, const float *host_k, const float *host_lse, float *got, int *block_idx, const AttentionShape *s,
                                const SelectShape *sel, const Mask *mask, Importances importances_right, Choices choices_right) {
@@ -169,7 +171,8 @@ static void check_importance(int64_t B, int64_t T, int G, int KV, int D, SelectS
         check(worst < limit, "version %d, importances of B=%d T=%d G=%d KV=%d D=%d, l=%d d=%d l'=%d n=%d: error %.1e", version, (int)B, (int)T, G, KV, D, sel.cmp_block, sel.cmp_stride,
               sel.sel_block, sel.n, worst);
     };
-    // The choices are the CPU's of these importances, but for blocks whose sums another order of adding makes equal, or not.
+    // The choices are the CPU's of these importances. With a `tie` the blocks' numbers may be others, where another order of adding makes them equal or not: the
+    // importances chosen, in order of size, are the CPU's up to that.
     const auto choices_right = [&](int version, double tie) {
         int64_t other = 0;
         to_host(chosen, block_idx, rows * sel.n * 4);
@@ -177,14 +180,17 @@ static void check_importance(int64_t B, int64_t T, int G, int KV, int D, SelectS
         for (int64_t row = 0; row < rows; row++) {
             const int *mine = chosen + row * sel.n, *cpu = host_chosen + row * sel.n;
             if (!different(mine, cpu, sel.n)) continue;
-            double least[2] = {INFINITY, INFINITY};
-            int wrong = 0;
-            for (int i = 0; i < sel.n; i++) {
+            std::vector<double> of_mine, of_cpu;
+            int wrong = tie == 0;
+            for (int i = 0; i < sel.n && !wrong; i++) {
                 const int is_free = i >= sel.n_init && i < sel.n - sel.n_local;
-                wrong |= (!is_free && mine[i] != cpu[i]) || (i > 0 && mine[i] <= mine[i - 1]);
-                if (!wrong && is_free) least[0] = fmin(least[0], (double)got[row * row_size + mine[i]]), least[1] = fmin(least[1], (double)got[row * row_size + cpu[i]]);
+                wrong = (!is_free && mine[i] != cpu[i]) || (i > 0 && mine[i] <= mine[i - 1]) || mine[i] >= row_size;
+                if (!wrong && is_free) of_mine.push_back((double)got[row * row_size + mine[i]]), of_cpu.push_back((double)got[row * row_size + cpu[i]]);
             }
-            other += wrong || !(fabs(least[0] - least[1]) <= tie * least[1]);
+            std::sort(of_mine.begin(), of_mine.end());
+            std::sort(of_cpu.begin(), of_cpu.end());
+            for (size_t i = 0; i < of_mine.size(); i++) wrong |= !(fabs(of_mine[i] - of_cpu[i]) <= tie * of_cpu[i]);
+            other += wrong;
         }
         check(other == 0, "version %d, choice of B=%d T=%d G=%d KV=%d D=%d: those of %d of %d rows are others than the CPU's", version, (int)B, (int)T, G, KV, D, (int)other, (int)rows);
     };
@@ -215,7 +221,15 @@ static int check_all(void) {
         }
     // tiles of 32 blocks that end inside and at a text's end, keys that do not fill a block, groups that fill a tile of rows or not, shapes that only
     // version 1 takes; one local block, whose keys are not all seen
-    const SelectShape narrow = {8, 4, 16, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 8, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 16, 3, 1, 2};
+    const SelectShape narrow = {8, 4, 8, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 4, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 8, 3, 1, 2};
+    const SelectShape fours = {8, 4, 16, 4, 1, 1}, fours_local = {4, 2, 8, 5, 1, 2}, fours_forced = {8, 4, 16, 3, 1, 2};      // four compressed blocks a block, as version 3 wants
+    check_importance(1, 331, 16, 1, 64, fours, 100);
+    check_importance(2, 277, 4, 2, 64, fours, 301);
+    check_importance(1, 530, 8, 2, 128, fours, 77);
+    check_importance(1, 600, 16, 1, 128, fours, 599);
+    check_importance(1, 531, 6, 1, 64, fours_local, 256);
+    check_importance(1, 130, 3, 2, 64, fours, 100);
+    check_importance(1, 130, 2, 1, 64, fours_forced, 100);
     check_importance(1, 331, 16, 1, 64, narrow, 100);
     check_importance(2, 277, 4, 2, 64, narrow, 301);
     check_importance(1, 530, 8, 2, 128, narrow, 77);
