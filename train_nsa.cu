@@ -390,6 +390,7 @@ static void gpu_linear_backward(F *dinp, int64_t dinp_row, float *dweight, const
 
 #ifdef CUDA_ON_CPU
 static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_16816(d, a, b); }
+static inline void mma_16816_f16(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_16816_f16(d, a, b); }
 static inline void ldmatrix_x4(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, false); }
 static inline void ldmatrix_x4_turned(unsigned r[4], const void *row) { emu_ldmatrix_x4(r, row, true); }
 static inline void cp_async_16(void *to, const void *from, int filled) { emu_cp_async(to, from, 16, filled); }
@@ -400,7 +401,6 @@ template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(L
 static inline float power_of_2(float x) { return exp2f(x); }
 static inline float fast_divide(float x, float y) { return x / y; }
 static inline unsigned two_f16(float low, float high) { return emu_f16(low) | emu_f16(high) << 16; }
-static inline float2 of_two_f16(unsigned pair) { return make_float2(emu_float_of_f16(pair & 0xffff), emu_float_of_f16(pair >> 16)); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
 template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
 template <int N> static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b) { emu_wgmma(d, N, a, 0, b, 1, true); }
@@ -426,6 +426,11 @@ __device__ static inline unsigned shared_address(const void *p) { return (unsign
 // d (16,8) += a (16,16) · b (16,8), bf16 into f32, by a warp.
 __device__ static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same of numbers with 11 digits.
+HOPPER_DEVICE static inline void mma_16816_f16(float d[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // Four matrices (8,8): lane i names row i % 8 of matrix i / 8; a lane gets row lane / 4, columns 2·(lane % 4) and the next of each.
@@ -460,11 +465,6 @@ HOPPER_DEVICE static inline unsigned two_f16(float low, float high) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
-}
-__device__ static inline float2 of_two_f16(unsigned pair) {
-    float2 x;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
-    return x;
 }
 
 // What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
@@ -1772,11 +1772,12 @@ typedef struct Choice { int *idx, first, last; } Choice;
 
 // 0: there is no such row, or nothing to choose in it.
 __device__ static inline int choice_of(Choice *x, int64_t i, int *block_idx, int64_t row0, int64_t rows, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t row = row0 + i, t = s->t0 + row / s->KV % s->T, blocks = t / sel->sel_block + 1;
+    const int64_t row = row0 + i;
+    if (i < 0 || i >= rows) return 0;
+    const int t = (int)s->t0 + (int)((unsigned)row / (unsigned)s->KV % (unsigned)s->T), blocks = t / sel->sel_block + 1;      // rows of 2^32 are more than any memory holds
     x->idx = block_idx + row * sel->n;
     x->first = sel->n_init;
-    x->last = (int)choice_end(t, sel);
-    if (i >= rows) return 0;
+    x->last = choice_end(t, sel);
     for (int j = lane(); j < sel->n && !x->last; j += WARP) x->idx[j] = j < blocks ? j : -1;
     if (!x->last) return 0;
     for (int j = lane(); j < sel->n_init; j += WARP) x->idx[j] = j;
@@ -1792,20 +1793,31 @@ __device__ static inline float comparable(float importance) { return importance 
 // do, and 0 stands for none.
 struct BestBlocks {
     int wanted, kept_at = INT_MAX;
-    unsigned kept = 0, least = 1;       // bits of an importance, plus 1; what takes a place is at least `least`
+    int kept = 0, least = 1;        // bits of an importance, plus 1; what takes a place is at least `least`
 
     __device__ explicit BestBlocks(int places) : wanted(places) {}
-    // WARP blocks: this lane's is j0 - lane, and `there` says whether it may be chosen.
-    __device__ void meet(int j0, int there, float importance) {
-        const unsigned value = there ? __float_as_uint(comparable(importance)) + 1 : 0;
+    __device__ static int value_of(float importance) { return (int)__float_as_uint(comparable(importance)) + 1; }
+    // Before any is met: this lane is going to meet `highest`, among others. The last of as many lanes' highest as there are places is not above the last that is
+    // to be chosen: what is below it need not be met.
+    __device__ void expect(int highest) {
+        #pragma unroll
+        for (int size = 2; size <= WARP; size *= 2)         // in order (Batcher 1968)
+            #pragma unroll
+            for (int step = size / 2; step > 0; step /= 2) {
+                const int other = __shfl_xor_sync(~0u, highest, step);
+                highest = !(lane() & step) == !(lane() & size) ? max32(highest, other) : min32(highest, other);
+            }
+        least = max32(__shfl_sync(~0u, highest, wanted - 1), 1);
+    }
+    // WARP blocks: this lane's is j0 - lane, and its value 0 if it may not be chosen.
+    __device__ void meet(int j0, int value) {
         for (unsigned better = __ballot_sync(~0u, value >= least); better; better &= better - 1) {
             const int from = __ffs((int)better) - 1;
-            const unsigned one = __shfl_sync(~0u, value, from), before = __shfl_up_sync(~0u, kept, 1);
-            const int before_at = __shfl_up_sync(~0u, kept_at, 1), place = __popc(__ballot_sync(~0u, kept > one));
+            const int one = __shfl_sync(~0u, value, from), before = __shfl_up_sync(~0u, kept, 1), before_at = __shfl_up_sync(~0u, kept_at, 1);
+            const int place = __popc(__ballot_sync(~0u, kept > one));
             if (lane() > place) kept = before, kept_at = before_at;
             if (lane() == place) kept = one, kept_at = j0 - from;
-            const unsigned last = __shfl_sync(~0u, kept, wanted - 1);
-            least = last > 1 ? last : 1;
+            least = max32(__shfl_sync(~0u, kept, wanted - 1), least);
             better &= __ballot_sync(~0u, value >= least) | 1u << from;
         }
     }
@@ -1816,21 +1828,25 @@ struct BestBlocks {
     }
 };
 
-enum { CHOICE_LOADS = 8 };      // importances of a lane that are on their way at once
+enum { CHOICE_LOADS = 16 };      // importances of a lane that are on their way at once
 __global__ void select_few_kernel(int *block_idx, float *importance, int64_t row_size, int64_t row0, int64_t rows, AttentionShape s, SelectShape sel) {
     Choice x;
-    if (!choice_of(&x, global_warp(), block_idx, row0, rows, &s, &sel)) return;
-    importance += global_warp() * row_size;
+    const int64_t i = rows - 1 - global_warp();     // late queries, which have the most blocks, come first
+    if (!choice_of(&x, i, block_idx, row0, rows, &s, &sel)) return;
+    importance += i * row_size;
     BestBlocks best(free_places(&sel));
     for (int j0 = x.last - 1; j0 >= x.first; j0 -= CHOICE_LOADS * WARP) {
-        float of[CHOICE_LOADS];
+        int of[CHOICE_LOADS], highest = 0;
         #pragma unroll
         for (int u = 0; u < CHOICE_LOADS; u++) {
             const int j = j0 - u * WARP - lane();
-            of[u] = j >= x.first ? importance[j] : 0;
+            of[u] = j >= x.first ? BestBlocks::value_of(importance[j]) : 0;
+            highest = max32(highest, of[u]);
         }
+        if (j0 == x.last - 1) best.expect(highest);
         #pragma unroll
-        for (int u = 0; u < CHOICE_LOADS; u++) best.meet(j0 - u * WARP, j0 - u * WARP - lane() >= x.first, of[u]);
+        for (int u = 0; u < CHOICE_LOADS; u++)
+            if (j0 - u * WARP >= x.first) best.meet(j0 - u * WARP, of[u]);
     }
     best.store(x.idx + sel.n_init);
 }
@@ -2954,18 +2970,69 @@ template <int SLABS> constexpr int all_registers = 65536 / WARPGROUP / (SLABS + 
 static_assert(copy_registers<2> + 2 * compute_registers<2> <= all_registers<2> && copy_registers<3> + 3 * compute_registers<3> <= all_registers<3>, "registers");
 static_assert(MERGE_REGISTERS + 2 * merged_registers<2> <= all_registers<2> && MERGE_REGISTERS + 3 * merged_registers<3> <= all_registers<3>, "registers");
 
-// The end of a warp's rows: out = o / sum and lse. The results pass through the place of the warpgroup's queries, which have been read for the last time.
+// The gated sum of the branches (eq. 5), as the last of them makes it: out (B,T,H,Dv) = Σ gate·branch, `before` are the branches before it, gates (B,T,H,3).
+template <typename F> struct BranchSum { F *out; const F *before[BRANCHES - 1]; const float *gates; };
+
+// The 16 rows of a warp in memory, a chunk of 8 channels a lane at a time.
+template <int DV>
+struct RowChunks {
+    enum { COUNT = MMA_ROWS * (DV / 8) / WARP };
+    int64_t place;      // of row lane % 16
+    __device__ RowChunks(const FastRows *rows, const AttentionShape *s) : place(place_of_row(rows, row_at(rows, lane() % MMA_ROWS), s)) {}
+    __device__ static int row(int i) { return i * (WARP / (DV / 8)) + lane() / (DV / 8); }
+    __device__ static int chunk(void) { return lane() % (DV / 8); }
+    __device__ int64_t of_row(int row) const { return __shfl_sync(~0u, (long long)place, row); }
+    __device__ int64_t of_chunk(int i) const { return of_row(row(i)) * DV + chunk() * 8; }
+};
+// What the sum takes of the branches before, asked for while the last products are on their way.
+template <int DV>
+struct BranchesBefore {
+    uint4 of[BRANCHES - 1][RowChunks<DV>::COUNT];
+    float gate[BRANCHES];       // of row lane % 16
+    __device__ void fetch(const BranchSum<bf16> *total, const FastRows *rows, const AttentionShape *s) {
+        const RowChunks<DV> chunks(rows, s);
+        #pragma unroll
+        for (int b = 0; b < BRANCHES; b++) gate[b] = total->gates[chunks.place * BRANCHES + b];
+        #pragma unroll
+        for (int i = 0; i < RowChunks<DV>::COUNT; i++) {
+            const int64_t at = chunks.of_chunk(i);
+            #pragma unroll
+            for (int b = 0; b < BRANCHES - 1; b++) of[b][i] = *(const uint4 *)(total->before[b] + at);
+        }
+    }
+    // Of chunk i, whose last branch is `last`.
+    __device__ uint4 sum(int i, uint4 last) const {
+        float g[BRANCHES];
+        #pragma unroll
+        for (int b = 0; b < BRANCHES; b++) g[b] = __shfl_sync(~0u, gate[b], RowChunks<DV>::row(i));
+        const unsigned all[BRANCHES][4] = {{of[0][i].x, of[0][i].y, of[0][i].z, of[0][i].w}, {of[1][i].x, of[1][i].y, of[1][i].z, of[1][i].w}, {last.x, last.y, last.z, last.w}};
+        unsigned y[4];
+        #pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float low = 0, high = 0;
+            #pragma unroll
+            for (int b = 0; b < BRANCHES; b++) low += g[b] * low_of(all[b][c]), high += g[b] * high_of(all[b][c]);
+            y[c] = two_bf16(low, high);
+        }
+        return make_uint4(y[0], y[1], y[2], y[3]);
+    }
+};
+
+// The end of a warp's rows: out = o / sum and lse, and with `before` the sum of the branches. The results pass through the place of the warpgroup's queries, which
+// have been read for the last time.
 template <int DV>
 __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
-                                         const FastRows *rows, const AttentionShape *s) {
+                                         const FastRows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
     const int first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const RowChunks<DV> chunks(rows, s);
     float inverse[2];
     #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const float total = quad_sum(sum[i]);
-        inverse[i] = total > 0 ? 1 / total : total;      // a NaN stays one
-        const int row = rows->first + lane() / 4 + i * 8;
-        if (lane() % 4 == 0 && row <= rows->last) lse[place_of_row(rows, row, s)] = total == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(total);
+        const float all = quad_sum(sum[i]);
+        inverse[i] = all > 0 ? 1 / all : all;      // a NaN stays one
+        const int row = lane() / 4 + i * 8;
+        const int64_t place = chunks.of_row(row);
+        if (lane() % 4 == 0 && rows->first + row <= rows->last) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
     }
     threads_sync(sync, WARPGROUP);
     #pragma unroll
@@ -2974,10 +3041,13 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
         for (int i = 0; i < 2; i++)
             *(unsigned *)(panel_chunk(tile, tile_rows, first + lane() / 4 + i * 8, n) + lane() % 4 * 2) = two_bf16(o[n][i * 2] * inverse[i], o[n][i * 2 + 1] * inverse[i]);
     __syncwarp();
-    for (int i = lane(); i < MMA_ROWS * (DV / 8); i += WARP) {
-        const int row = i / (DV / 8), chunk = i % (DV / 8);
-        if (rows->first + row <= rows->last)
-            *(uint4 *)(out + place_of_row(rows, rows->first + row, s) * DV + chunk * 8) = *(const uint4 *)panel_chunk(tile, tile_rows, first + row, chunk);
+    #pragma unroll
+    for (int i = 0; i < RowChunks<DV>::COUNT; i++) {
+        const int64_t at = chunks.of_chunk(i);
+        const uint4 x = *(const uint4 *)panel_chunk(tile, tile_rows, first + chunks.row(i), chunks.chunk()), y = total ? before->sum(i, x) : x;
+        if (rows->first + chunks.row(i) > rows->last) continue;
+        *(uint4 *)(out + at) = x;
+        if (total) *(uint4 *)(total + at) = y;
     }
 }
 
@@ -2986,47 +3056,156 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
 // issuing their products, so that one makes exponentials while another multiplies.
 //
 // Of the compressed branch the choice of blocks wants the weights once more, summed over the keys of each selected block (eq. 9) and over the heads of a
-// group (eq. 10). The exponentials are here; but their row's log-sum-exp, without which heads cannot be summed, is known only at its end. So CHOOSES leaves the
-// first of the two sums in memory, for each row and block, under the highest score of the row as far as that tile, which it leaves with them.
+// group (eq. 10). The exponentials are here; but their row's log-sum-exp, without which heads cannot be summed, is known only at its end. So
+// WITH_IMPORTANCES each warp leaves the first of the two sums in memory, for each row and block, under the highest score of the row as far as that tile, which it
+// leaves with them; and while the next tile of rows is computed, the warps that have nothing to copy sum up over heads what this one left. That is read again so
+// soon that most of it still is in the L2 cache.
 // Keys of a tile stand in the order of their place in a block: a lane then has all four of a block, and what its last one gives to the next block is
 // its neighbour's.
 
-enum { CHOICE_KEYS = 4, TILE_BLOCKS = HOPPER_KEYS / CHOICE_KEYS };       // compressed keys that begin in a selected block; selected blocks of a tile
-enum { WEIGHT_SHIFT = 12 };     // weights are left times 2^12: the least number of 16 bits is then 2^-36 of the weight of the highest score, the largest sum 2^15
-// of (N,H,row): block j's weight; top (tiles of TILE_BLOCKS blocks, rows), rows = N·H: the score, times log2(e)/sqrt(D), under whose exponential a tile's weights are.
-typedef struct BlockWeights { unsigned short *of; float *top; unsigned row, rows; } BlockWeights;
-// CHOOSES reads keys i = CHOICE_KEYS·j + c by their block j: `more` has the blocks of the first `rest` places, of which there is one more than of the others.
+enum { BRANCH_ALONE, WITH_IMPORTANCES, WITH_SUM };      // what hopper_forward_kernel makes: the branch, and beside it importances, or the sum of all branches
+enum { BLOCK_KEYS = 4, TILE_BLOCKS = HOPPER_KEYS / BLOCK_KEYS };        // compressed keys that begin in a selected block; selected blocks of a tile
+// Weights are left times 2^12: the least number of 16 bits is then 2^-36 of the weight of the highest score, the largest sum 2^15. Factors count times 2^15.
+enum { WEIGHT_SHIFT = 12, FACTOR_SHIFT = 15 };
+enum { CHUNK_BLOCKS = 8, SUM_BLOCKS = 2 * TILE_BLOCKS, SUM_HEADS = WARP / 2 };      // blocks of a row that lie together; blocks and heads that a warp sums up at once
+enum { SUM_WARPS = 3, SUM_STAGES = 4 };     // warps that sum up, and how many times that much each has room for
+template <int SLABS> constexpr int sum_registers = SLABS == 2 ? 56 : 32;
+template <int SLABS> constexpr int summed_registers = SLABS == 2 ? 224 : 160;
+static_assert(sum_registers<2> + 2 * summed_registers<2> <= all_registers<2> && sum_registers<3> + 3 * summed_registers<3> <= all_registers<3>, "registers");
+// importance (B,T,KV,row): what the choice is made of, times 2^(WEIGHT_SHIFT + FACTOR_SHIFT). `left` has what each block of threads leaves of two tiles of ROWS rows,
+// that at hand and the one before: weights (blocks / CHUNK_BLOCKS, ROWS, CHUNK_BLOCKS), `row` blocks rounded up, then top (blocks / TILE_BLOCKS, ROWS), the score,
+// times log2(e)/sqrt(D), under whose exponential the weights of a tile of keys are.
+typedef struct BlockWeights { float *importance; unsigned char *left; int row, blocks; SelectShape sel; } BlockWeights;
+template <int ROWS> __device__ __host__ constexpr int64_t weight_bytes(int64_t blocks) { return ROWS * (blocks * 2 + blocks / TILE_BLOCKS * 4); }
+template <int ROWS>
+HOPPER_DEVICE static inline unsigned short *weights_left(const BlockWeights *x, int turn) { return (unsigned short *)(x->left + ((int64_t)blockIdx.x * 2 + turn) * weight_bytes<ROWS>(x->blocks)); }
+template <int ROWS>
+HOPPER_DEVICE static inline float *tops_left(const BlockWeights *x, int turn) { return (float *)(weights_left<ROWS>(x, turn) + (int64_t)ROWS * x->blocks); }
+// WITH_IMPORTANCES keys i = BLOCK_KEYS·j + c are read by their block j: `more` has the blocks of the first `rest` places, of which there is one more than of the others.
 typedef struct KeyMaps { CUtensorMap k, v, more_k, more_v; int rest; } KeyMaps;
 
 template <int D, int DV, int KEYS>
 struct HopperForward {
     enum { SLABS = D == 64 ? 3 : 2, ROWS = SLABS * SLAB_ROWS, STAGES = D == 64 ? 4 : 2, TILES = 2, THREADS = (SLABS + 1) * WARPGROUP };
-    enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES };
+    enum { BYTES = (TILES * ROWS * D + STAGES * KEYS * (D + DV)) * 2, BARRIERS = 2 * TILES + 4 * STAGES, LEFT_BARRIERS = 4 };
 };
 
-// A tile of keys or values (HOPPER_KEYS,W) for CHOOSES, those of the blocks from compressed key k0 on: TILE_BLOCKS rows of each place.
+// What a warp sums up at once: the weights of SUM_BLOCKS blocks in SUM_HEADS heads, with their tops and log-sum-exps.
+struct alignas(16) SumStage { uint4 of[SUM_BLOCKS / CHUNK_BLOCKS][SUM_HEADS]; float top[SUM_BLOCKS / TILE_BLOCKS][SUM_HEADS], lse[SUM_HEADS], unused[SUM_HEADS]; };
+
+// Where a warp stands among its queries of a tile of rows: query t, of which blocks before `end` may be chosen, blocks block0 .. block0 + SUM_BLOCKS - 1, heads
+// from h0 on. All heads come, then the next blocks, then the next query that has a choice; behind the last one t is INT_MAX.
+struct SumWalk {
+    int t, end, block0, h0;
+    __device__ void begin(int from, int position0, int tokens, const SelectShape *sel) {
+        block0 = h0 = 0;
+        for (t = from; t < tokens; t += SUM_WARPS) {
+            end = choice_end(position0 + t, sel);
+            if (end > 0) return;
+        }
+        t = INT_MAX;
+    }
+    __device__ int last_heads(int G) const { return h0 + SUM_HEADS >= G; }
+    __device__ void next(int position0, int tokens, int G, const SelectShape *sel) {
+        if (!last_heads(G)) h0 += SUM_HEADS;
+        else if (block0 + SUM_BLOCKS < end) h0 = 0, block0 += SUM_BLOCKS;
+        else begin(t + SUM_WARPS, position0, tokens, sel);
+    }
+};
+
+// The importances of this warp's queries of a tile of rows, whose weights and tops have been left. A head's weights count by a factor, 2^top over its sum of all
+// exponentials; the sum over heads is a product of weights (16 blocks, heads) and factors (heads, 8). Two of the eight columns are for each lane of a quad: what 11
+// digits hold of a factor, and the rest. They are zero but in one of four products, so that a lane's sums are those of blocks of its own.
+template <int ROWS>
+HOPPER_DEVICE static inline void sum_heads_of_tile(SumStage *stages, int warp, const unsigned short *weights, const float *top, const float *lse, const RowTile *x,
+                                                   const BlockWeights *left, const AttentionShape *s) {
+    constexpr int CHUNKS = SUM_BLOCKS / CHUNK_BLOCKS;
+    const int G = s->H / s->KV, tokens = min32(ROWS / G, (int)s->T - x->t0), position0 = (int)s->t0 + x->t0, half = lane() / SUM_HEADS, head = lane() % SUM_HEADS;
+    const int64_t token0 = x->b * s->T + x->t0;
+    float *importance = left->importance + (token0 * s->KV + x->kv) * left->row + lane() % 4 * 16 + lane() / 4;
+    lse += token0 * s->H + x->kv * G + head;
+    weights += (half * ROWS + head) * CHUNK_BLOCKS;
+    top += half * ROWS + head;
+    SumWalk ahead, now;
+    ahead.begin(warp, position0, tokens, &left->sel);
+    now = ahead;
+    const auto fetch = [&](SumStage *stage) {
+        if (ahead.t < tokens) {
+            // Zeros for heads that are none, and for blocks of a tile of keys that nobody has seen.
+            const int row = ahead.t * G + ahead.h0, is_head = ahead.h0 + head < G, tile = ahead.block0 / TILE_BLOCKS, two = tile + 1 < x->steps;
+            const unsigned short *from = weights + (is_head ? ahead.block0 * ROWS + row * CHUNK_BLOCKS : 0);
+            #pragma unroll
+            for (int i = 0; i < CHUNKS / 2; i++) cp_async_16(&stage->of[2 * i + half][head], from + 2 * i * ROWS * CHUNK_BLOCKS, is_head && (two || i < CHUNKS / 4) ? 16 : 0);
+            cp_async_4(&stage->top[half][head], top + (is_head ? tile * ROWS + row : 0), is_head && (two || half == 0) ? 4 : 0);
+            if (half == 0) cp_async_4(&stage->lse[head], lse + (is_head ? ahead.t * s->H + ahead.h0 : 0), is_head ? 4 : 0);
+            ahead.next(position0, tokens, G, &left->sel);
+        }
+        cp_async_commit();
+    };
+    #pragma unroll
+    for (int i = 0; i < SUM_STAGES - 1; i++) fetch(stages + i);
+    float sum[4] = {0, 0, 0, 0};
+    for (int at = 0; now.t < tokens; at = at + 1 < SUM_STAGES ? at + 1 : 0) {
+        cp_async_wait<SUM_STAGES - 2>();
+        __syncwarp();
+        fetch(stages + (at > 0 ? at - 1 : SUM_STAGES - 1));
+        SumStage *stage = stages + at;
+        // This lane's column of the factors, of heads 2·(lane % 4), the next and the same 8 further. (A top is not above its log-sum-exp but where there is none.)
+        float factor[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int of_head = lane() % 4 * 2 + i % 2 + i / 2 * 8;
+            const float all = power_of_2(fminf(stage->top[half][of_head] - stage->lse[of_head] * LOG2E, 0) + FACTOR_SHIFT);
+            const float digits = __uint_as_float(__float_as_uint(all) & 0xffffe000u);
+            factor[i] = lane() / 4 % 2 ? all - digits : digits;
+        }
+        const unsigned column[2] = {two_f16(factor[0], factor[1]), two_f16(factor[2], factor[3])};
+        #pragma unroll
+        for (int i = 0; i < CHUNKS / 2; i++) {
+            unsigned of[4];
+            ldmatrix_x4_turned(of, &stage->of[2 * i + lane() / 8 % 2][lane() / 16 * 8 + lane() % 8]);
+            const unsigned mine[2] = {lane() / 8 == i ? column[0] : 0, lane() / 8 == i ? column[1] : 0};
+            mma_16816_f16(sum, of, mine);
+        }
+        if (now.last_heads(G)) {
+            float *to = importance + (int64_t)now.t * s->KV * left->row + now.block0;
+            const int j = now.block0 + lane() % 4 * 16 + lane() / 4;
+            if (j < now.end) to[0] = sum[0] + sum[1];
+            if (j + 8 < now.end) to[8] = sum[2] + sum[3];
+            sum[0] = sum[1] = sum[2] = sum[3] = 0;
+        }
+        now.next(position0, tokens, G, &left->sel);
+    }
+}
+
+// A tile of keys or values (HOPPER_KEYS,W) WITH_IMPORTANCES, those of the blocks from compressed key k0 on: TILE_BLOCKS rows of each place.
 template <int W>
 __device__ static inline void copy_blocks(bf16 *tile, const CUtensorMap *map, const CUtensorMap *more, int rest, int b, int k0, int kv, uint64_t *full) {
     #pragma unroll
-    for (int c = 0; c < CHOICE_KEYS; c++)
+    for (int c = 0; c < BLOCK_KEYS; c++)
         #pragma unroll
         for (int panel = 0; panel < W / PANEL; panel++)
-            copy_box(tile + (panel * HOPPER_KEYS + c * TILE_BLOCKS) * PANEL, c < rest ? more : map, kv * W + panel * PANEL, k0 / CHOICE_KEYS, c, b, full);
+            copy_box(tile + (panel * HOPPER_KEYS + c * TILE_BLOCKS) * PANEL, c < rest ? more : map, kv * W + panel * PANEL, k0 / BLOCK_KEYS, c, b, full);
 }
 
-template <int D, int DV, int KEYS, bool CHOOSES>
+template <int D, int DV, int KEYS, int MAKES>
 __global__ void __launch_bounds__(HopperForward<D, DV, KEYS>::THREADS, 1)
-hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ KeyMaps maps, Mask mask, AttentionShape s) {
+hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, BranchSum<bf16> total, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ KeyMaps maps,
+                      Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    static_assert(!CHOOSES || KEYS == HOPPER_KEYS, "tiles of whole blocks");
+    constexpr bool IMPORTANCES = MAKES == WITH_IMPORTANCES;
+    static_assert(!IMPORTANCES || KEYS == HOPPER_KEYS, "tiles of whole blocks");
     typedef HopperForward<D, DV, KEYS> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES, TILES = Plan::TILES;
     extern __shared__ SharedKilobyte hopper_shared[];
     bf16 *q_tiles = (bf16 *)hopper_shared, *key_tiles = q_tiles + TILES * ROWS * D, *value_tiles = key_tiles + STAGES * KEYS * D;
     uint64_t *q_full = (uint64_t *)(value_tiles + STAGES * KEYS * DV), *q_empty = q_full + TILES;
     uint64_t *k_full = q_empty + TILES, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
+    uint64_t *left_full = v_empty + STAGES, *left_empty = left_full + 2;
+    SumStage *stages = (SumStage *)(left_empty + 2);
     const int group = same_in_warp(threadIdx.x / WARPGROUP), G = s.H / s.KV;
     if (threadIdx.x == 0) {
+        for (int i = 0; i < 2 && IMPORTANCES; i++) barrier_init(left_full + i, SLABS * 4), barrier_init(left_empty + i, SUM_WARPS);
         for (int i = 0; i < TILES; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, SLABS * 4);      // every warp lets go
         for (int i = 0; i < STAGES; i++) barrier_init(k_full + i, 1), barrier_init(v_full + i, 1), barrier_init(k_empty + i, SLABS * 4), barrier_init(v_empty + i, SLABS * 4);
         barriers_ready();
@@ -3035,9 +3214,19 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
     RowTile x;
     Ring<TILES> q_ring;
     Ring<STAGES> k_ring, v_ring;
+    Ring<2> left_ring;
 
     if (group == 0) {
-        registers_fewer<copy_registers<SLABS>>();
+        registers_fewer<IMPORTANCES ? sum_registers<SLABS> : copy_registers<SLABS>>();
+        const int warp = same_in_warp(threadIdx.x / WARP) - 1;      // of those that sum up
+        if (IMPORTANCES && warp >= 0) {
+            for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
+                barrier_wait(left_full + left_ring.at, left_ring.parity);
+                sum_heads_of_tile<ROWS>(stages + warp * SUM_STAGES, warp, weights_left<ROWS>(&left, left_ring.at), tops_left<ROWS>(&left, left_ring.at), lse, &x, &left, &s);
+                let_go(left_empty + left_ring.at);
+                left_ring.next();
+            }
+        }
         if (threadIdx.x > 0) return;
         for (int round = 0; row_tile<ROWS, KEYS>(&x, round, &mask, &s); round++) {
             barrier_wait(q_empty + q_ring.at, q_ring.parity ^ 1);
@@ -3047,12 +3236,12 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
             for (int i = 0; i < x.steps; i++) {
                 barrier_wait(k_empty + k_ring.at, k_ring.parity ^ 1);
                 barrier_expect(k_full + k_ring.at, KEYS * D * 2);
-                if constexpr (CHOOSES) copy_blocks<D>(key_tiles + k_ring.at * KEYS * D, &maps.k, &maps.more_k, maps.rest, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
+                if constexpr (IMPORTANCES) copy_blocks<D>(key_tiles + k_ring.at * KEYS * D, &maps.k, &maps.more_k, maps.rest, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
                 else copy_tile<D>(key_tiles + k_ring.at * KEYS * D, KEYS, &maps.k, x.b, x.k0 + i * KEYS, x.kv, k_full + k_ring.at);
                 k_ring.next();
                 barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
                 barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                if constexpr (CHOOSES) copy_blocks<DV>(value_tiles + v_ring.at * KEYS * DV, &maps.v, &maps.more_v, maps.rest, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
+                if constexpr (IMPORTANCES) copy_blocks<DV>(value_tiles + v_ring.at * KEYS * DV, &maps.v, &maps.more_v, maps.rest, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
                 else copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, &maps.v, x.b, x.k0 + i * KEYS, x.kv, v_full + v_ring.at);
                 v_ring.next();
             }
@@ -3060,7 +3249,7 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
         return;
     }
 
-    registers_more<compute_registers<SLABS>>();
+    registers_more<IMPORTANCES ? summed_registers<SLABS> : compute_registers<SLABS>>();
     const int slab = group - 1, own_sync = SLABS + 1 + slab;       // named barriers: 1 .. SLABS are the turns, then each warpgroup's own
     const float scale2 = LOG2E / sqrtf((float)D);
     const auto take_turn = [&] { threads_sync(1 + slab, 2 * WARPGROUP); };
@@ -3074,14 +3263,12 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
         bf16 *q_tile = q_tiles + q_ring.at * ROWS * D;
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
+        BranchesBefore<DV> before_this;
         float before[2] = {0, 0};               // what the last block of the tile before gives to the first of this one
-        unsigned of_at[2] = {0, 0}, top_at[2] = {0, 0};     // where in `left` this lane's blocks of its rows go
-        if constexpr (CHOOSES)
-            #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                top_at[i] = (unsigned)place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s);
-                of_at[i] = top_at[i] * left.row + lane() % 4 * 2;
-            }
+        unsigned short *weights_at = weights_left<ROWS>(&left, left_ring.at);       // of the tile at hand
+        float *top_at = tops_left<ROWS>(&left, left_ring.at);
+        const int left_row = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS + lane() / 4;
+        if (IMPORTANCES) barrier_wait(left_empty + left_ring.at, left_ring.parity ^ 1);
 
         const auto issue_scores = [&] {
             barrier_wait(k_full + k_ring.at, k_ring.parity);
@@ -3103,7 +3290,6 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
             constexpr float ONE = 1 << WEIGHT_SHIFT;
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const bool there = rows.first + lane() / 4 + i * 8 <= rows.last;
                 before[i] *= shrink[i];
                 #pragma unroll
                 for (int n = 0; n < GROUPS; n++) {
@@ -3112,17 +3298,17 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
                     const float low = 2 * ONE * (key(0, 0) + key(1, 0) + key(2, 0)) + ONE * (key(3, 0) + (lane() % 4 ? neighbour : before[i]));
                     const float high = 2 * ONE * (key(0, 1) + key(1, 1) + key(2, 1)) + ONE * (key(3, 1) + key(3, 0));
                     before[i] = neighbour;
-                    if (there) *(unsigned *)(left.of + of_at[i] + n * 8) = two_f16(low, high);
+                    *(unsigned *)(weights_at + (n * ROWS + i * 8) * CHUNK_BLOCKS + (unsigned)(left_row * CHUNK_BLOCKS + lane() % 4 * 2)) = two_f16(low, high);
                 }
-                if (there && lane() % 4 == 0) left.top[top_at[i]] = top[i] * scale2;
-                of_at[i] += TILE_BLOCKS;
-                top_at[i] += left.rows;
+                if (lane() % 4 == 0) top_at[i * 8 + (unsigned)left_row] = top[i] * scale2;
             }
+            weights_at += TILE_BLOCKS * ROWS;
+            top_at += ROWS;
         };
         const auto exponentials = [&](int k0) {
-            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS, CHOOSES ? CHOICE_KEYS : 1>(p, k0, INT_MAX, &seen, -INFINITY);
+            if (k0 < seen.all_lo || k0 + KEYS > seen.all_hi) hide_keys<KEYS, IMPORTANCES ? BLOCK_KEYS : 1>(p, k0, INT_MAX, &seen, -INFINITY);
             online_softmax<KEYS>(p, top, sum, shrink, scale2);
-            if constexpr (CHOOSES) leave_weights();
+            if constexpr (IMPORTANCES) leave_weights();
         };
         const auto as_weights = [&] {
             #pragma unroll
@@ -3159,17 +3345,22 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, const __grid_con
                 as_weights();
             }
             issue_values();
+            if (MAKES == WITH_SUM) before_this.fetch(&total, &rows, &s);
             wgmma_wait<0>();
             wgmma_done<DV>(o);
             let_go(v_empty + v_ring.at);
             v_ring.next();
         }
 
-        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s);
+        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s, MAKES == WITH_SUM ? total.out : NULL, &before_this);
         shared_written();
         __syncwarp();
         let_go(q_empty + q_ring.at);
         q_ring.next();
+        if constexpr (IMPORTANCES) {
+            let_go(left_full + left_ring.at);
+            left_ring.next();
+        }
     }
     if (slab == 0) take_turn();     // the turn that nobody needs any more
     #endif
@@ -3181,37 +3372,45 @@ static unsigned row_blocks(const AttentionShape *s) {
     return (unsigned)min64(gpu.multiProcessorCount, s->B * s->KV * ((s->T + tokens - 1) / tokens));
 }
 
-// A map of the keys or values x (B,Tk,KV,width) for CHOOSES: (text, place in a block, block, head and channel). With `one_more` there is a block behind those
+// A map of the keys or values x (B,Tk,KV,width) WITH_IMPORTANCES: (text, place in a block, block, head and channel). With `one_more` there is a block behind those
 // that are whole, of fewer places.
 static CUtensorMap block_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s, int one_more) {
-    const int64_t whole = s->Tk / CHOICE_KEYS, rest = s->Tk % CHOICE_KEYS;
-    const TensorShape shape = {{s->KV * width, whole + one_more, one_more ? rest : CHOICE_KEYS, s->B}, {1, CHOICE_KEYS * row, row, s->Tk * row}, {PANEL, TILE_BLOCKS, 1, 1}};
+    const int64_t whole = s->Tk / BLOCK_KEYS, rest = s->Tk % BLOCK_KEYS;
+    const TensorShape shape = {{s->KV * width, whole + one_more, one_more ? rest : BLOCK_KEYS, s->B}, {1, BLOCK_KEYS * row, row, s->Tk * row}, {PANEL, TILE_BLOCKS, 1, 1}};
     return tensor_map_of_shape(x, &shape);
 }
 
-template <int D, int DV, int KEYS, bool CHOOSES>
-static void hopper_forward_of_shape(bf16 *out, float *lse, BlockWeights left, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+template <int D, int DV, int KEYS, int MAKES>
+static void hopper_forward_of_shape(bf16 *out, float *lse, BlockWeights left, const BranchSum<bf16> *total, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
     typedef HopperForward<D, DV, KEYS> Plan;
-    const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
+    const int64_t stages = MAKES == WITH_IMPORTANCES ? SUM_WARPS * SUM_STAGES * (int64_t)sizeof(SumStage) : 0;
+    const int64_t bytes = Plan::BYTES + (Plan::BARRIERS + Plan::LEFT_BARRIERS) * (int64_t)sizeof(uint64_t) + stages;
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, Plan::ROWS);
     KeyMaps maps = {q_map, q_map, q_map, q_map, 0};        // without keys none is read, but a map must be of something
-    if (CHOOSES) {
-        maps.rest = (int)(s->Tk % CHOICE_KEYS);
-        if (s->Tk >= CHOICE_KEYS) maps.k = block_map(k, D, s->k_row, s, 0), maps.v = block_map(v, DV, s->v_row, s, 0);
+    if (MAKES == WITH_IMPORTANCES) {
+        maps.rest = (int)(s->Tk % BLOCK_KEYS);
+        if (s->Tk >= BLOCK_KEYS) maps.k = block_map(k, D, s->k_row, s, 0), maps.v = block_map(v, DV, s->v_row, s, 0);
         if (maps.rest) maps.more_k = block_map(k, D, s->k_row, s, 1), maps.more_v = block_map(v, DV, s->v_row, s, 1);
     } else if (s->Tk) {
         maps.k = key_map(k, D, s->k_row, s, KEYS), maps.v = key_map(v, DV, s->v_row, s, KEYS);
     }
-    const auto kernel = hopper_forward_kernel<D, DV, KEYS, CHOOSES>;
+    const auto kernel = hopper_forward_kernel<D, DV, KEYS, MAKES>;
+    const BranchSum<bf16> no_total = {NULL, {NULL, NULL}, NULL};
     allow_shared(kernel, bytes, FAST_NAME, FAST_FIX);
-    kernel<<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, left, q_map, maps, *mask, *s);
+    kernel<<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(out, lse, left, total ? *total : no_total, q_map, maps, *mask, *s);
     LAUNCHED();
 }
+template <int D, int DV, int MAKES>
+static void hopper_range_forward_making(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, const BranchSum<bf16> *total) {
+    BlockWeights none;
+    memset(&none, 0, sizeof none);
+    if (narrow_tiles(HopperForward<D, DV, NARROW_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS, MAKES>(out, lse, none, total, q, k, v, mask, s);
+    else hopper_forward_of_shape<D, DV, HOPPER_KEYS, MAKES>(out, lse, none, total, q, k, v, mask, s);
+}
 template <int D, int DV>
-static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    const BlockWeights none = {NULL, NULL, 0, 0};
-    if (narrow_tiles(HopperForward<D, DV, NARROW_KEYS>::ROWS, mask, s)) hopper_forward_of_shape<D, DV, NARROW_KEYS, false>(out, lse, none, q, k, v, mask, s);
-    else hopper_forward_of_shape<D, DV, HOPPER_KEYS, false>(out, lse, none, q, k, v, mask, s);
+static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, const BranchSum<bf16> *total) {
+    if (total) hopper_range_forward_making<D, DV, WITH_SUM>(out, lse, q, k, v, mask, s, total);
+    else hopper_range_forward_making<D, DV, BRANCH_ALONE>(out, lse, q, k, v, mask, s, NULL);
 }
 
 // ----------------------------------------------------------------------------
@@ -3465,7 +3664,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
         wgmma_done<DV>(o);
         let_go(my.v_empty + v_ring.at);
         v_ring.next();
-        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s);
+        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s, NULL, NULL);
         shared_written();
         __syncwarp();
         let_go(my.q_empty);
@@ -3491,12 +3690,13 @@ static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *
 // Whether neighbouring queries share the blocks that they take: blocks must be tiles.
 static int shares_blocks(const Mask *mask) { return mask->sel_block == SLAB_ROWS; }
 
-static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+// With `total`, of a range of keys, the sum of the branches too.
+static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, const BranchSum<bf16> *total = NULL) {
     if (mask->kind == MASK_SELECTED && !shares_blocks(mask)) fast_attention_forward(out, lse, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
     else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
-    else if (s->D == 64) hopper_range_forward<64, 64>(out, lse, q, k, v, mask, s);
-    else hopper_range_forward<128, 128>(out, lse, q, k, v, mask, s);
+    else if (s->D == 64) hopper_range_forward<64, 64>(out, lse, q, k, v, mask, s, total);
+    else hopper_range_forward<128, 128>(out, lse, q, k, v, mask, s, total);
 }
 
 // ----------------------------------------------------------------------------
@@ -4215,68 +4415,48 @@ static void fast_select_weights(float *weights, const bf16 *q, const bf16 *k, co
 }
 
 // ----------------------------------------------------------------------------
-// Selection on Hopper: hopper_forward_kernel has left the weight of each block in each row; what is to do is to sum them over the heads of a group (eq. 10), each
-// under its log-sum-exp, and to choose. Texts, or where one is too long stretches of its queries, are done one after the other, so that the weights of a
-// few thousand queries are all that lies in memory.
+// The compressed branch on Hopper with the choice of blocks: hopper_forward_kernel WITH_IMPORTANCES, then the choice. Texts, or where one is too long stretches of
+// its queries, are done one after the other, so that importances of some thousands of queries are all that lies in memory.
 
-enum { WEIGHT_NUMBERS = 1 << 28, CHOICE_HEADS = WARP / 2, CHOICE_BLOCKS = 2 * TILE_BLOCKS };     // f32 numbers' worth of weights; heads and blocks that a warp reads at once
+enum { IMPORTANCE_NUMBERS = 5 << 26 };      // f32, 1.25 GiB
 
-// 1 if the branch's kernel can leave weights: of blocks as the paper has them, four compressed ones long and each of these two strides, the last of which is
+// 1 if the branch's kernel can leave importances: of blocks as the paper has them, four compressed ones long and each of these two strides, the last of which is
 // local and not to be chosen, so that the tiles that a query sees are all that matter.
 static int hopper_choice(const AttentionShape *s, const SelectShape *sel, const Mask *mask) {
-    return hopper_attention(s, mask) && sel->sel_block == CHOICE_KEYS * sel->cmp_stride && sel->cmp_block == 2 * sel->cmp_stride && sel->n_local > 0 &&
-           free_places(sel) > 0 && free_places(sel) <= WARP;
+    return hopper_attention(s, mask) && sel->sel_block == BLOCK_KEYS * sel->cmp_stride && sel->cmp_block == 2 * sel->cmp_stride && sel->n_local > 0 && free_places(sel) > 0;
 }
-static int64_t weight_row(const AttentionShape *s, const SelectShape *sel) { return round_up(importance_row(s, sel), CHOICE_BLOCKS); }
-static int64_t weight_numbers(const AttentionShape *s, const SelectShape *sel) {        // of a query
-    const int64_t row = weight_row(s, sel);
-    return s->H * (row / 2 + row / TILE_BLOCKS);
+// Numbers that are left, of one tile of rows of each block of threads and of that which it computes.
+template <int D>
+static int64_t left_numbers_of_size(const AttentionShape *s, int64_t blocks) {
+    constexpr int ROWS = HopperForward<D, D, HOPPER_KEYS>::ROWS;
+    return row_blocks<ROWS>(s) * 2 * weight_bytes<ROWS>(blocks) / (int64_t)sizeof(float);
 }
-static int64_t choice_tile(const AttentionShape *s) { return slab_tokens(s, s->D == 64 ? (int)HopperForward<64, 64, HOPPER_KEYS>::ROWS : (int)HopperForward<128, 128, HOPPER_KEYS>::ROWS); }
+static int64_t left_numbers(const AttentionShape *s, const SelectShape *sel) {
+    const int64_t blocks = round_up(importance_row(s, sel), SUM_BLOCKS);
+    return s->D == 64 ? left_numbers_of_size<64>(s, blocks) : left_numbers_of_size<128>(s, blocks);
+}
+static int64_t choice_tile(const AttentionShape *s) {
+    return slab_tokens(s, s->D == 64 ? (int)HopperForward<64, 64, HOPPER_KEYS>::ROWS : (int)HopperForward<128, 128, HOPPER_KEYS>::ROWS);
+}
 // Texts, and queries of one, that are done at once: whole texts or whole waves of tiles.
 static int64_t choice_queries(int64_t *texts, const AttentionShape *s, const SelectShape *sel) {
-    const int64_t most = max64(1, WEIGHT_NUMBERS / weight_numbers(s, sel)), tile = choice_tile(s), wave = max64(1, gpu.multiProcessorCount / s->KV) * tile;
+    const int64_t most = max64(1, IMPORTANCE_NUMBERS / (s->KV * importance_row(s, sel))), tile = choice_tile(s), wave = max64(1, gpu.multiProcessorCount / s->KV) * tile;
     *texts = max64(1, min64(s->B, most / s->T));
     return most >= s->T ? s->T : most > wave ? most / wave * wave : max64(tile, most / tile * tile);
 }
 // As select_scratch.
 static int64_t hopper_choice_scratch(const AttentionShape *s, const SelectShape *sel) {
-    return min64(s->B * s->T * weight_numbers(s, sel), max64(WEIGHT_NUMBERS, choice_tile(s) * weight_numbers(s, sel)));
+    const int64_t of_query = s->KV * importance_row(s, sel);
+    return left_numbers(s, sel) + min64(s->B * s->T * of_query, max64(IMPORTANCE_NUMBERS, choice_tile(s) * of_query));
 }
 
-// A warp a row (b,t,kv). A lane sums up two blocks over the heads; how much a weight of a head counts, one lane finds out for all.
-__global__ void __launch_bounds__(THREADS, 5) choose_by_weights_kernel(int *block_idx, BlockWeights left, const float *lse, AttentionShape s, SelectShape sel) {
-    Choice x;
-    const int64_t rows = s.B * s.T * s.KV, row = rows - 1 - global_warp();      // late queries, which have the most blocks, come first
-    if (row < 0 || !choice_of(&x, row, block_idx, 0, rows, &s, &sel)) return;
-    const int G = s.H / s.KV;
-    const int64_t first_head = row / s.KV * s.H + row % s.KV * G;
-    BestBlocks best(free_places(&sel));
-    for (int block0 = (x.last - 1) / CHOICE_BLOCKS * CHOICE_BLOCKS; block0 >= 0 && block0 + CHOICE_BLOCKS > x.first; block0 -= CHOICE_BLOCKS) {
-        unsigned at = (unsigned)(first_head * left.row) + block0 + CHOICE_BLOCKS - 2 - lane() * 2;
-        float sum[2] = {0, 0};
-        for (int h0 = 0; h0 < G; h0 += CHOICE_HEADS) {
-            const int h = h0 + lane() % CHOICE_HEADS, tile = block0 / TILE_BLOCKS + 1 - lane() / CHOICE_HEADS;
-            const float factor = h < G ? power_of_2(left.top[tile * (int64_t)left.rows + first_head + h] - lse[first_head + h] * LOG2E) : 0;
-            unsigned two[CHOICE_HEADS];
-            #pragma unroll
-            for (int i = 0; i < CHOICE_HEADS; i++, at += left.row) two[i] = h0 + i < G ? *(const unsigned *)(left.of + at) : 0;
-            #pragma unroll
-            for (int i = 0; i < CHOICE_HEADS; i++) {
-                const float of_head = __shfl_sync(~0u, factor, lane() / CHOICE_HEADS * CHOICE_HEADS + i);
-                const float2 weight = of_two_f16(two[i]);
-                sum[0] += of_head * weight.x;
-                sum[1] += of_head * weight.y;
-            }
-        }
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float low = __shfl_sync(~0u, sum[0], half * 16 + lane() / 2), high = __shfl_sync(~0u, sum[1], half * 16 + lane() / 2);
-            const int j0 = block0 + CHOICE_BLOCKS - 1 - half * WARP, j = j0 - lane();
-            best.meet(j0, j >= x.first && j < x.last, lane() % 2 ? low : high);
-        }
-    }
-    best.store(x.idx + sel.n_init);
+// The branch, and the importances (B,T,KV,importance_row).
+static void hopper_importance_forward(bf16 *out, float *lse, float *importance, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s,
+                                      const SelectShape *sel, float *scratch) {
+    const int row = (int)importance_row(s, sel);
+    const BlockWeights left = {importance, (unsigned char *)scratch, row, (int)round_up(row, SUM_BLOCKS), *sel};
+    if (s->D == 64) hopper_forward_of_shape<64, 64, HOPPER_KEYS, WITH_IMPORTANCES>(out, lse, left, NULL, q, k, v, mask, s);
+    else hopper_forward_of_shape<128, 128, HOPPER_KEYS, WITH_IMPORTANCES>(out, lse, left, NULL, q, k, v, mask, s);
 }
 
 // gpu_compressed_forward, where hopper_choice lets it.
@@ -4284,18 +4464,16 @@ static void hopper_compressed_forward(bf16 *out, float *lse, int *block_idx, con
                                       const SelectShape *sel, float *scratch) {
     int64_t texts;
     const int64_t queries = choice_queries(&texts, s, sel);
-    const auto of_shape = s->D == 64 ? hopper_forward_of_shape<64, 64, HOPPER_KEYS, true> : hopper_forward_of_shape<128, 128, HOPPER_KEYS, true>;
+    float *importance = scratch + left_numbers(s, sel);
     for (int64_t b = 0; b < s->B; b += texts)
         for (int64_t t = 0; t < s->T; t += queries) {
             AttentionShape part = *s;
             part.B = min64(texts, s->B - b);
             part.T = min64(queries, s->T - t);
             part.t0 += t;
-            const int64_t token = b * s->T + t, rows = part.B * part.T * s->H;
-            const BlockWeights left = {(unsigned short *)scratch, scratch + rows * weight_row(s, sel) / 2, (unsigned)weight_row(s, sel), (unsigned)rows};
-            of_shape(out + token * s->H * s->Dv, lse + token * s->H, left, q + token * s->q_row, k + b * s->Tk * s->k_row, v + b * s->Tk * s->v_row, mask, &part);
-            choose_by_weights_kernel<<<grid(part.B * part.T * s->KV, WARPS), THREADS>>>(block_idx + token * s->KV * sel->n, left, lse + token * s->H, part, *sel);
-            LAUNCHED();
+            const int64_t token = b * s->T + t;
+            hopper_importance_forward(out + token * s->H * s->Dv, lse + token * s->H, importance, q + token * s->q_row, k + b * s->Tk * s->k_row, v + b * s->Tk * s->v_row, mask, &part, sel, scratch);
+            gpu_choose_blocks(block_idx + token * s->KV * sel->n, importance, 0, part.B * part.T * s->KV, &part, sel);
         }
 }
 
@@ -4317,12 +4495,41 @@ static int tier_of_model(const Config *c) {
 // Numbers of scratch that backward takes in bf16.
 static int64_t gpu_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_attention(s, mask) ? hopper_attention_partial(s, mask) : fast_attention_partial(s, mask); }
 
+template <typename F, int N>
+__global__ void branches_sum_kernel(BranchSum<F> total, const F *last, int64_t nh, int dv) {
+    const int64_t item = global_thread() * N;
+    if (item >= nh * dv) return;
+    const float *g = total.gates + item / dv * BRANCHES;
+    float sum[N] = {0};
+    for (int b = 0; b < BRANCHES; b++) {
+        const Pack<F, N> x = load<N>((b == WIN ? last : total.before[b]) + item);
+        for (int v = 0; v < N; v++) sum[v] += g[b] * (float)x.of[v];
+    }
+    Pack<F, N> y;
+    for (int v = 0; v < N; v++) y.of[v] = (F)sum[v];
+    store<N>(total.out + item, y);
+}
+
+// nh = B·T·H
 template <typename F>
-static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s) {
-    if constexpr (std::is_same<F, bf16>::value)
-        if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_forward(out, lse, q, k, v, mask, s) : fast_attention_forward(out, lse, q, k, v, mask, s);
-    simple_attention_forward(out, lse, q, k, v, mask, s);
+static void gpu_branches_sum(const BranchSum<F> *total, const F *last, int64_t nh, int dv) {
+    constexpr int N = pack_size<F>;
+    if (packs<F>(dv)) branches_sum_kernel<F, N><<<grid(nh * dv / N, THREADS), THREADS>>>(*total, last, nh, dv);
+    else branches_sum_kernel<F, 1><<<grid(nh * dv, THREADS), THREADS>>>(*total, last, nh, dv);
+    LAUNCHED();
+}
+
+// With `total`, of the window, which is the last branch, the sum of the branches too.
+template <typename F>
+static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, const BranchSum<F> *total = NULL) {
+    int fast = 0;
+    if constexpr (std::is_same<F, bf16>::value) {
+        fast = fast_attention(s, mask);
+        if (fast && hopper_attention(s, mask)) return hopper_attention_forward(out, lse, q, k, v, mask, s, total);
+        if (fast) fast_attention_forward(out, lse, q, k, v, mask, s);
+    }
+    if (!fast) simple_attention_forward(out, lse, q, k, v, mask, s);
+    if (total) gpu_branches_sum(total, out, s->B * s->T * s->H, s->Dv);
 }
 
 // With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made.
@@ -4386,30 +4593,6 @@ __global__ void gates_forward_kernel(float *gates, const F *logits, int64_t logi
 }
 
 template <typename F> struct Branches { const F *of[BRANCHES]; const float *lse[BRANCHES]; };      // (N,H,Dv) and (N,H)
-
-template <typename F, int N>
-__global__ void branches_sum_kernel(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
-    const int64_t item = global_thread() * N;
-    if (item >= nh * dv) return;
-    const float *g = gates + item / dv * BRANCHES;
-    float sum[N] = {0};
-    for (int b = 0; b < BRANCHES; b++) {
-        const Pack<F, N> x = load<N>(branch.of[b] + item);
-        for (int v = 0; v < N; v++) sum[v] += g[b] * (float)x.of[v];
-    }
-    Pack<F, N> y;
-    for (int v = 0; v < N; v++) y.of[v] = (F)sum[v];
-    store<N>(out + item, y);
-}
-
-// out (N,H,Dv) = Σ_branches gate·branch (eq. 5)
-template <typename F>
-static void gpu_branches_sum(F *out, Branches<F> branch, const float *gates, int64_t nh, int dv) {
-    constexpr int N = pack_size<F>;
-    if (packs<F>(dv)) branches_sum_kernel<F, N><<<grid(nh * dv / N, THREADS), THREADS>>>(out, branch, gates, nh, dv);
-    else branches_sum_kernel<F, 1><<<grid(nh * dv, THREADS), THREADS>>>(out, branch, gates, nh, dv);
-    LAUNCHED();
-}
 
 // What backward needs of the outputs of COUNT branches, 1 or all. One pass makes all of it, as reading them is what takes the time: `sum` as
 // branches_sum_kernel made it; dlogits (N,H,3) = <dout, branch>·g·(1-g), and the same in the wide row, dwide; stats (COUNT,N,H). What is not wanted is NULL,
@@ -5483,7 +5666,9 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             F *out = a->branch[b] + first * H * c->v_head_dim;
             float *lse = a->lse[b] + first * H;
             if (!compressed) {
-                gpu_attention_forward<F>(out, lse, q, k, v, &mask, &shape);
+                const int64_t at = first * H * c->v_head_dim;
+                const BranchSum<F> total = {s->attention + at, {a->branch[CMP] + at, a->branch[SLC] + at}, a->gates + first * H * BRANCHES};
+                gpu_attention_forward<F>(out, lse, q, k, v, &mask, &shape, nsa && b == WIN ? &total : NULL);
                 continue;
             }
             const SelectShape select = select_shape(c);
@@ -5491,9 +5676,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             if (given_block_idx) device_copy(block_idx, given_block_idx[layer] + first * KV * c->sel_blocks, rows * KV * c->sel_blocks * (int64_t)sizeof(int));
         }
     }
-    if (!nsa) return a->branch[0];
-    gpu_branches_sum(s->attention, branches_of(a), a->gates, N * H, c->v_head_dim);
-    return s->attention;
+    return nsa ? s->attention : a->branch[0];
 }
 
 // work.norm: from the norm of x to that of mid

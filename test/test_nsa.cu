@@ -528,10 +528,10 @@ static void test_select_scratch(void) {
                 for (int64_t i = 0; i < parts; i++, cases++) {
                     s.t0 = i * length;
                     int64_t texts;
-                    const int64_t queries = choice_queries(&texts, &s, &sel), takes = select_chunk(&s, &sel) * (s.Tk + importance_row(&s, &sel));
+                    const int64_t takes = select_chunk(&s, &sel) * (s.Tk + importance_row(&s, &sel)), queries = choice_queries(&texts, &s, &sel);
+                    const int64_t leaves = left_numbers(&s, &sel) + texts * queries * s.KV * importance_row(&s, &sel);
                     check(takes <= weights, "T=%lld in %d, piece %d: %lld numbers of weights, and memory for %lld", (long long)T, (int)parts, (int)i, (long long)takes, (long long)weights);
-                    check(texts * queries * weight_numbers(&s, &sel) <= left, "T=%lld in %d, piece %d: %lld queries at once leave more than %lld numbers", (long long)T, (int)parts, (int)i,
-                          (long long)queries, (long long)left);
+                    check(leaves <= left, "T=%lld in %d, piece %d: %lld queries at once leave more than %lld numbers", (long long)T, (int)parts, (int)i, (long long)queries, (long long)left);
                 }
             }
     printf("%-46s %d pieces\n", "scratch of pieces", cases);
@@ -573,8 +573,8 @@ int main(int argc, char **argv) {
     test_pieces<bf16>("mma.sync", 192, 128, 4, 2, 64, 3);
     test_pieces<bf16>("Hopper", 64, 64, 4, 1, 64, 3);
     test_pieces<bf16>("Hopper", 128, 128, 5, 1, 48, 3);
-    test_pieces<bf16>("Hopper, weights left", 64, 64, 4, 1, 16, 5);
-    test_pieces<bf16>("Hopper, weights left", 128, 128, 10, 2, 16, 5);
+    test_pieces<bf16>("Hopper, importances left", 64, 64, 4, 1, 16, 5);
+    test_pieces<bf16>("Hopper, importances left", 128, 128, 10, 2, 16, 5);
     test_select_scratch();
     const int64_t widths[] = {8, 37, 40, 768, 1030, 2056, 4104};
     for (int64_t c : widths) {

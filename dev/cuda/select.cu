@@ -1,8 +1,8 @@
 // The choice of blocks: from queries and compressed keys to block_idx (paper eq. 8 to 12), without any gradient.
 //
 //   importance    version 1: scores once more with mma.sync, their weights to memory (fast_select_weights), summed into blocks by a kernel of their own (gpu_importance)
-//                 version 3: no scores of its own: Hopper's forward kernel of the compressed branch leaves each head's weights of blocks, which the kernel that chooses
-//                 sums up (hopper_compressed_forward). Version 2, wgmma with sums in registers, is told of in README.md.
+//                 version 3: no scores of its own: Hopper's forward kernel of the compressed branch leaves each head's weights of blocks in the L2 cache, and warps of it that
+//                 have nothing else to do sum them up (hopper_importance_forward). Version 2, wgmma with sums in registers, is told of in README.md.
 //   choice        version 1: select_blocks_kernel, any n: the best of all, n times over, in memory
 //                 version 2: select_few_kernel, n - n_init - n_local <= 32: the best so far one a lane, importances pass by in registers
 //
@@ -78,25 +78,26 @@ static float *host_of_bf16(const bf16 *x, int64_t n) {
     return y;
 }
 
-static float float_of_f16(unsigned bits) { return bits & 0x7c00 ? ldexpf((float)(1024 + bits % 1024), (int)(bits >> 10) - 25) : ldexpf((float)(bits % 1024), -24); }     // not negative
-
-// The compressed branch that leaves weights: its result and log-sum-exp against double precision, then `got`, the importances that follow from them, and the choice.
+// The compressed branch that leaves importances: its result and log-sum-exp against double precision, then `got`, the importances, and the choice; first with a block
+// of threads for each tile of rows, then with 3, which use the memory of what is left again and again, and must find the same.
 template <typename Importances, typename Choices>
-static void check_weights_left(const bf16 *q, const bf16 *k, const float *host_q, const float *host_k, const float *host_lse, float *got, int *block_idx, const AttentionShape *s,
-                               const SelectShape *sel, const Mask *mask, Importances importances_right, Choices choices_right) {
-    const int64_t tokens = s->B * s->T, heads = tokens * s->H, nv = s->B * s->Tk * s->v_row, row = weight_row(s, sel), tiles = row / TILE_BLOCKS, G = s->H / s->KV;
+static void check_importances_left(const bf16 *q, const bf16 *k, const float *host_q, const float *host_k, const float *host_lse, float *got, int *block_idx, const AttentionShape *s,
+                                   const SelectShape *sel, const Mask *mask, Importances importances_right, Choices choices_right) {
+    const int64_t tokens = s->B * s->T, heads = tokens * s->H, nv = s->B * s->Tk * s->v_row, G = s->H / s->KV, n = tokens * s->KV * importance_row(s, sel);
+    const int processors = gpu.multiProcessorCount;
     bf16 *v = (bf16 *)device_malloc(nv * 2), *out = (bf16 *)device_malloc(heads * s->Dv * 2);
-    float *lse = (float *)device_malloc(heads * 4), *top = (float *)xmalloc((size_t)(heads * tiles) * 4), *got_lse = (float *)xmalloc((size_t)heads * 4);
-    unsigned short *of = (unsigned short *)xmalloc((size_t)(heads * row) * 2);
+    float *lse = (float *)device_malloc(heads * 4), *importance = (float *)device_malloc(n * 4), *got_lse = (float *)xmalloc((size_t)heads * 4);
     fill_normal(v, nv, 77);
-    const BlockWeights left = {(unsigned short *)device_malloc(heads * row * 2), (float *)device_malloc(heads * tiles * 4), (unsigned)row, (unsigned)heads};
-    const auto of_shape = s->D == 64 ? hopper_forward_of_shape<64, 64, HOPPER_KEYS, true> : hopper_forward_of_shape<128, 128, HOPPER_KEYS, true>;
-    of_shape(out, lse, left, q, k, v, mask, s);
-    choose_by_weights_kernel<<<grid(tokens * s->KV, WARPS), THREADS>>>(block_idx, left, lse, *s, *sel);
-    LAUNCHED();
-    to_host(of, left.of, heads * row * 2);
-    to_host(top, left.top, heads * tiles * 4);
+    gpu.multiProcessorCount = 1 << 20;
+    const int64_t bytes = left_numbers(s, sel) * 4;
+    float *scratch = (float *)device_malloc(bytes);
+    CUDA(cudaMemset(scratch, 0xff, (size_t)bytes));
+    CUDA(cudaMemset(importance, 0xff, (size_t)(n * 4)));
+    hopper_importance_forward(out, lse, importance, q, k, v, mask, s, sel, scratch);
+    gpu_choose_blocks(block_idx, importance, 0, tokens * s->KV, s, sel);
+    to_host(got, importance, n * 4);
     to_host(got_lse, lse, heads * 4);
+    for (int64_t i = 0; i < n; i++) got[i] = ldexpf(got[i], -WEIGHT_SHIFT - FACTOR_SHIFT);
     float *host_v = host_of_bf16(v, nv), *host_out = host_of_bf16(out, heads * s->Dv);
     double error = 0, size = 0, lse_error = 0;
     for (int64_t i = 0; i < heads; i++) {
@@ -114,20 +115,24 @@ static void check_weights_left(const bf16 *q, const bf16 *k, const float *host_q
         }
         if (seen) lse_error = fmax(lse_error, fabs((double)got_lse[i] - (double)host_lse[i]));
     }
-    check(sqrt(error / size) < 5e-3 && lse_error < 1e-4, "compressed branch that leaves weights, B=%d T=%d G=%d KV=%d D=%d: errors %.1e and, of lse, %.1e", (int)s->B, (int)s->T, (int)G, s->KV, s->D,
+    check(sqrt(error / size) < 5e-3 && lse_error < 1e-4, "compressed branch that leaves importances, B=%d T=%d G=%d KV=%d D=%d: errors %.1e and, of lse, %.1e", (int)s->B, (int)s->T, (int)G, s->KV, s->D,
           sqrt(error / size), lse_error);
-    for (int64_t i = 0; i < tokens * s->KV; i++)
-        for (int64_t j = 0; j < choice_end(i / s->KV % s->T, sel); j++) {
-            double sum = 0;
-            for (int64_t place = i / s->KV * s->H + i % s->KV * G, last = place + G; place < last; place++)
-                sum += (double)float_of_f16(of[place * row + j]) * exp2((double)top[j / TILE_BLOCKS * heads + place] - (double)got_lse[place] * (double)LOG2E - WEIGHT_SHIFT);
-            got[i * importance_row(s, sel) + j] = (float)sum;
-        }
     importances_right(3, 2.5e-3);      // powers of 2 rounded to bf16, as the products with values have them
     choices_right(3, 1e-5);
-    void *all[] = {v, out, lse, left.of, left.top};
+    gpu.multiProcessorCount = 3;
+    CUDA(cudaMemset(scratch, 0xff, (size_t)bytes));
+    hopper_importance_forward(out, lse, importance, q, k, v, mask, s, sel, scratch);
+    std::vector<float> again((size_t)n);
+    to_host(again.data(), importance, n * 4);
+    float *out_again = host_of_bf16(out, heads * s->Dv);
+    int other = memcmp(out_again, host_out, (size_t)(heads * s->Dv) * 4) != 0;
+    for (int64_t i = 0; i < tokens * s->KV; i++)
+        for (int64_t j = 0, at = i * importance_row(s, sel); j < choice_end(i / s->KV % s->T, sel); j++, at++) other += ldexpf(again[(size_t)at], -WEIGHT_SHIFT - FACTOR_SHIFT) != got[at];
+    check(other == 0, "compressed branch that leaves importances, B=%d T=%d G=%d KV=%d D=%d: 3 blocks of threads find others than many", (int)s->B, (int)s->T, (int)G, s->KV, s->D);
+    gpu.multiProcessorCount = processors;
+    void *all[] = {v, out, lse, scratch, importance};
     for (int i = 0; i < 5; i++) CUDA(cudaFree(all[i]));
-    free(top), free(got_lse), free(of), free(host_v), free(host_out);
+    free(got_lse), free(host_v), free(host_out), free(out_again);
 }
 
 // Importances from random q and k, in two calls whose cut lies anywhere, against double precision; then the whole choice against the CPU's of the same importances.
@@ -204,7 +209,7 @@ static void check_importance(int64_t B, int64_t T, int G, int KV, int D, SelectS
     CUDA(cudaMemset(block_idx, 0x77, (size_t)(rows * sel.n * 4)));
     gpu_select_forward(block_idx, q, k, lse, &s, &sel, &mask, scratch);
     choices_right(1, 0);
-    if (fast_attention(&s, &mask) && hopper_choice(&s, &sel, &mask)) check_weights_left(q, k, host_q, host_k, host_lse, got, block_idx, &s, &sel, &mask, importances_right, choices_right);
+    if (fast_attention(&s, &mask) && hopper_choice(&s, &sel, &mask)) check_importances_left(q, k, host_q, host_k, host_lse, got, block_idx, &s, &sel, &mask, importances_right, choices_right);
     void *all[] = {q, k, lse, importance, weights, scratch, block_idx};
     for (int i = 0; i < 7; i++) CUDA(cudaFree(all[i]));
     free(host_q), free(host_k), free(host_lse), free(got), free(want), free(p), free(chosen), free(host_chosen);
@@ -230,6 +235,8 @@ static int check_all(void) {
     check_importance(1, 531, 6, 1, 64, fours_local, 256);
     check_importance(1, 130, 3, 2, 64, fours, 100);
     check_importance(1, 130, 2, 1, 64, fours_forced, 100);
+    check_importance(1, 200, 24, 1, 128, fours, 100);
+    check_importance(1, 190, 32, 2, 64, fours_local, 100);
     check_importance(1, 331, 16, 1, 64, narrow, 100);
     check_importance(2, 277, 4, 2, 64, narrow, 301);
     check_importance(1, 530, 8, 2, 128, narrow, 77);
@@ -257,7 +264,6 @@ static int bench(int64_t T, int H, int KV, int D) {
     s.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     if (!fast_attention(&s, &mask)) die(2, "bench: the fast tier takes D = 64 and 128");
     const int64_t rows = T * KV, row_size = importance_row(&s, &sel), chunk = select_chunk(&s, &sel), nq = T * H * D, nk = s.Tk * KV * D;
-    int64_t unused;
     bf16 *q = (bf16 *)device_malloc(nq * 2), *k = (bf16 *)device_malloc(nk * 2), *out = (bf16 *)device_malloc(nq * 2);
     float *lse = (float *)device_malloc(T * H * 4), *importance = (float *)device_malloc(gpu_select_scratch<bf16>(&s, &sel, &mask) * 4), *weights = importance + chunk * row_size;
     int *block_idx = (int *)device_malloc(rows * sel.n * 4);
@@ -265,8 +271,7 @@ static int bench(int64_t T, int H, int KV, int D) {
     fill_normal(k, nk, 2);
     fast_attention_forward(out, lse, q, k, k, &mask, &s);
     const double pairs = (double)T * H * (double)s.Tk / 2, numbers = (double)rows * (double)s.Tk / 2, per_block = sel.sel_block / sel.cmp_stride;
-    printf("T=%" PRId64 " H=%d KV=%d D=%d on %s; chunks of %" PRId64 " rows for version 1 of the importances, of %" PRId64 " queries for version 3\n", T, H, KV, D, gpu.name, chunk,
-           choice_queries(&unused, &s, &sel));
+    printf("T=%" PRId64 " H=%d KV=%d D=%d on %s; chunks of %" PRId64 " rows for version 1 of the importances\n", T, H, KV, D, gpu.name, chunk);
     // Each part over all chunks.
     const auto each = [&](int64_t size, auto part) {
         return median_ms(RUNS, [&] {

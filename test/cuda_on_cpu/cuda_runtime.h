@@ -518,13 +518,16 @@ static inline float emu_float_of_f16(unsigned x) {
 static inline unsigned emu_f16(float x) {
     const float size = fabsf(x);
     const unsigned sign = signbit(x) ? 0x8000 : 0;
+    if (size != size) return 0x7fff;
     if (!(size < 65520)) emu::stop("a number too large for 16 bits");
     const int exponent = size < 0x1p-14f ? -14 : ilogbf(size);
     return sign + (((unsigned)(exponent + 14)) << 10) + (unsigned)lrintf(ldexpf(size, 10 - exponent));
 }
 
-// mma.m16n8k16, bf16 into f32: d (16,8) += a (16,16) · b (16,8)
-static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
+static inline float emu_float_of_bf16(unsigned x) { return __uint_as_float(x << 16); }
+
+// mma.m16n8k16, numbers of 16 bits into f32: d (16,8) += a (16,16) · b (16,8)
+static inline void emu_mma_of_16_bits(float d[4], const unsigned a[4], const unsigned b[2], float (*number)(unsigned)) {
     struct { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const uint64_t(*slot)[4] = emu::exchange(~0u, &mine, sizeof mine);
     const int lane = emu::lane_of(emu::worker->current), group = lane / 4, pair = lane % 4 * 2;
@@ -533,14 +536,14 @@ static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned
         unsigned regs[6], cols[6];
         memcpy(regs, slot[group * 4 + q], sizeof regs);
         for (int r = 0; r < 4; r++) {
-            A[r % 2][r / 2 * 8 + q * 2] = __uint_as_float(regs[r] << 16);
-            A[r % 2][r / 2 * 8 + q * 2 + 1] = __uint_as_float(regs[r] & 0xffff0000u);
+            A[r % 2][r / 2 * 8 + q * 2] = number(regs[r] & 0xffff);
+            A[r % 2][r / 2 * 8 + q * 2 + 1] = number(regs[r] >> 16);
         }
         for (int n = 0; n < 2; n++) {
             memcpy(cols, slot[(pair + n) * 4 + q], sizeof cols);
             for (int r = 0; r < 2; r++) {
-                B[n][r * 8 + q * 2] = __uint_as_float(cols[4 + r] << 16);
-                B[n][r * 8 + q * 2 + 1] = __uint_as_float(cols[4 + r] & 0xffff0000u);
+                B[n][r * 8 + q * 2] = number(cols[4 + r] & 0xffff);
+                B[n][r * 8 + q * 2 + 1] = number(cols[4 + r] >> 16);
             }
         }
     }
@@ -551,6 +554,9 @@ static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned
             d[m * 2 + n] += sum;
         }
 }
+
+static inline void emu_mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_of_16_bits(d, a, b, emu_float_of_bf16); }
+static inline void emu_mma_16816_f16(float d[4], const unsigned a[4], const unsigned b[2]) { emu_mma_of_16_bits(d, a, b, emu_float_of_f16); }
 
 // Hopper's barriers in shared memory, 8 bytes.
 struct EmuBarrier { uint32_t made : 8, phase : 4, arrivals : 10, missing : 10; int32_t bytes; };
