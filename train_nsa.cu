@@ -5070,6 +5070,7 @@ static void gpu_cross_entropy(F *logits, int64_t ld, float *loss, const int *tar
 template <typename F>
 struct GpuActs {
     F *x, *out;                                 // (B,T,C)
+    F *norm1, *norm2;                           // (B,T,C), the norms of x and mid: kept, or work.norm
     float *rstd1;                               // (B,T)
     F *wide;                                    // (B,T,row), rows of whole 16 bytes
     F *compressed[2], *hidden[2];               // (B,Nc,KV,D | Dv), (B,Nc,KV,2D | 2Dv)
@@ -5198,6 +5199,7 @@ static void carve_gpu_acts(GpuActs<F> *acts, const Config *c, int64_t B, int64_t
         }
         if (keep_ffn || l == 0) {
             carve(m, &a->gate_up, N * 2 * (keep_ffn ? ffn_width(c, l) : width));
+            if (keep_ffn) carve(m, &a->norm1, N * C), carve(m, &a->norm2, N * C);
             if (keep_ffn ? layer_is_moe(c, l) : moe) {
                 carve(m, &a->expert_gate_up, N * k * 2 * c->moe_intermediate_size);
                 carve(m, &a->routing.probs, N * E);
@@ -5348,6 +5350,8 @@ static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) 
     Carver m = {n->memory, 0};
     carve_gpu_acts(n->acts, c, B, T, recompute, train, &m);
     carve_gpu_scratch(&n->work, c, B, T, train, &m);
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        if (!n->acts[l].norm1) n->acts[l].norm1 = n->acts[l].norm2 = n->work.norm;
     carve(&m, &g->rope, T * g->parts * c->head_dim);
     carve(&m, &g->final_rstd, B * T);
 }
@@ -5524,7 +5528,7 @@ static float *small(const Model *g, float *w) {
 
 // ----------------------------------------------------------------------------
 // Forward: each function is its namesake of train_nsa.c with kernels for loops. Norms are made by whoever adds to the residual
-// stream: a layer finds the norm of its input in work.norm, and leaves that of the next one's there.
+// stream: a layer finds the norm of its input in norm1, and leaves that of the next one's input in the next one's.
 
 template <typename F>
 static Branches<F> branches_of(const GpuActs<F> *a) {
@@ -5679,7 +5683,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
     return nsa ? s->attention : a->branch[0];
 }
 
-// work.norm: from the norm of x to that of mid
+// norm1 to norm2
 template <typename F>
 static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
@@ -5687,12 +5691,12 @@ static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t 
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, HDv = (int64_t)c->num_attention_heads * c->v_head_dim;
-    gpu_linear_forward(a->wide, gpu_wide_row(c, layer).size, s->norm, C, matrix<F>(g, w->wide), N, C, wide_row(c, layer).size);
+    gpu_linear_forward(a->wide, gpu_wide_row(c, layer).size, a->norm1, C, matrix<F>(g, w->wide), N, C, wide_row(c, layer).size);
     gpu_linear_forward(s->y, C, gpu_attention_core_forward<F>(g, layer, B, T), HDv, matrix<F>(g, w->o), N, HDv, C);
-    gpu_add_norm<F>(a->mid, s->norm, a->rstd2, a->x, s->y, small(g, w->norm2), N, C, c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 1, info));
+    gpu_add_norm<F>(a->mid, a->norm2, a->rstd2, a->x, s->y, small(g, w->norm2), N, C, c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 1, info));
 }
 
-// What backward needs of the FFN: work.norm (of mid) to gate_up, and the experts' routing and gate_up.
+// What backward needs of the FFN: norm2 to gate_up, and the experts' routing and gate_up.
 template <typename F>
 static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInfo *info) {
     const Config *c = &g->config;
@@ -5700,15 +5704,15 @@ static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInf
     GpuScratch<F> *s = &net<F>.work;
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t C = c->hidden_size, width = ffn_width(c, layer);
-    gpu_linear_forward(a->gate_up, 2 * width, s->norm, C, matrix<F>(g, w->gate_up), N, C, 2 * width);
+    gpu_linear_forward(a->gate_up, 2 * width, a->norm2, C, matrix<F>(g, w->gate_up), N, C, 2 * width);
     if (!layer_is_moe(c, layer)) return;
     const MoeShape moe = moe_shape(c, N, g->parts, info);
-    gpu_linear_forward(a->routing.probs, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E);
+    gpu_linear_forward(a->routing.probs, moe.E, a->norm2, C, matrix<F>(g, w->router), N, C, moe.E);
     gpu_moe_route(&a->routing, &moe, given_experts ? given_experts[layer] : NULL, s->count, s->kept, s->shares);
     if (g->parts > 1) gpu_sum_loads(a->routing.load, &moe);
 }
 
-// work.norm: from the norm of mid to that of out, which is the next layer's input or the head's.
+// norm2 to the norm of out: the next layer's norm1, or the head's in work.norm.
 template <typename F>
 static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
@@ -5726,9 +5730,9 @@ static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, con
     }
     if (layer_is_moe(c, layer)) {
         const MoeShape moe = moe_shape(c, N, g->parts, info);
-        gpu_moe_forward<F>(s->y, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
+        gpu_moe_forward<F>(s->y, a->expert_gate_up, a->norm2, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
     }
-    gpu_add_norm<F>(a->out, s->norm, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
+    gpu_add_norm<F>(a->out, last ? s->norm : net<F>.acts[layer + 1].norm1, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
                     c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 2, info));
 }
 
@@ -5753,14 +5757,14 @@ static void gpu_layer_stats(Model *m, int layer, int64_t B, int64_t T, const Ste
     }
 }
 
-// work.tokens to the first layer's input, and its norm in work.norm.
+// work.tokens to the first layer's input, and its norm.
 template <typename F>
 static void gpu_embed(const Model *g, int64_t B, int64_t T, const StepInfo *info) {
     const GpuActs<F> *a = net<F>.acts;
     const int64_t N = B * T, C = g->config.hidden_size;
     embed_kernel<<<(unsigned)N, THREADS>>>(a->x, net<F>.work.tokens, matrix<F>(g, g->embed), C, dropout_at(g, B, T, 0, info));
     LAUNCHED();
-    gpu_rmsnorm_forward<F>(net<F>.work.norm, a->rstd1, a->x, small(g, g->layers[0].norm1), N, C, g->config.rms_norm_eps);
+    gpu_rmsnorm_forward<F>(a->norm1, a->rstd1, a->x, small(g, g->layers[0].norm1), N, C, g->config.rms_norm_eps);
 }
 
 // Leaves the last layer's output, and its norm in work.norm.
@@ -5864,21 +5868,21 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
     const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 2, info));
-    gpu_norm_again<F>(s->norm, a->rstd2, a->mid, small(g, w->norm2), N, C);
+    if (g->recompute) gpu_norm_again<F>(a->norm2, a->rstd2, a->mid, small(g, w->norm2), N, C);
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
         gpu_swiglu_backward(a->gate_up, s->ffn, s->ffn, N, width);
         gpu_linear_backward<F>(NULL, 0, grad_of(g, w->down), dy, C, s->ffn, width, NULL, N, width, C, 0);
-        gpu_linear_backward(s->dnorm, C, grad_of(g, w->gate_up), a->gate_up, 2 * width, s->norm, C, matrix<F>(g, w->gate_up), N, C, 2 * width, 0);
+        gpu_linear_backward(s->dnorm, C, grad_of(g, w->gate_up), a->gate_up, 2 * width, a->norm2, C, matrix<F>(g, w->gate_up), N, C, 2 * width, 0);
     } else {
         device_zero(s->dnorm, N * C * (int64_t)sizeof(F));
     }
     if (layer_is_moe(c, layer)) {
         const MoeShape moe = moe_shape(c, N, g->parts, info);
-        gpu_moe_backward<F>(s->dnorm, grad_of(g, w->experts), s->dweight, dy, a->expert_gate_up, s->norm, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
+        gpu_moe_backward<F>(s->dnorm, grad_of(g, w->experts), s->dweight, dy, a->expert_gate_up, a->norm2, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
         router_backward_kernel<<<grid(N, THREADS), THREADS>>>(s->drouter, s->dprobs, s->dweight, a->routing, moe, c->z_loss_coef, c->balance_loss_coef, info->grad_scale);
         LAUNCHED();
-        gpu_linear_backward(s->dnorm, C, grad_of(g, w->router), s->drouter, moe.E, s->norm, C, matrix<F>(g, w->router), N, C, moe.E, 1);
+        gpu_linear_backward(s->dnorm, C, grad_of(g, w->router), s->drouter, moe.E, a->norm2, C, matrix<F>(g, w->router), N, C, moe.E, 1);
     }
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm2), s->dnorm, a->mid, a->rstd2, small(g, w->norm2), N, C, s->parts);
 }
@@ -5969,8 +5973,8 @@ static void gpu_attention_layer_backward(Model *g, int layer, int64_t B, int64_t
     gpu_linear_backward<F>(s->dattention, HDv, NULL, dy, C, NULL, HDv, matrix<F>(g, w->o), N, HDv, C, 0);
     const F *attention = gpu_attention_core_backward<F>(g, layer, B, T);        // made again where dattention is read
     gpu_linear_backward<F>(NULL, HDv, grad_of(g, w->o), dy, C, attention, HDv, NULL, N, HDv, C, 0);
-    gpu_norm_again<F>(s->norm, a->rstd1, a->x, small(g, w->norm1), N, C);
-    gpu_linear_backward(s->dnorm, C, grad_of(g, w->wide), s->dwide, row, s->norm, C, matrix<F>(g, w->wide), N, C, wide, 0);
+    if (g->recompute) gpu_norm_again<F>(a->norm1, a->rstd1, a->x, small(g, w->norm1), N, C);
+    gpu_linear_backward(s->dnorm, C, grad_of(g, w->wide), s->dwide, row, a->norm1, C, matrix<F>(g, w->wide), N, C, wide, 0);
     gpu_rmsnorm_backward<F>(s->dx, grad_of(g, w->norm1), s->dnorm, a->x, a->rstd1, small(g, w->norm1), N, C, s->parts);
 }
 
@@ -6010,18 +6014,17 @@ static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const Ste
     const Config *c = &g->config;
     const LayerWeights *w = &g->layers[layer];
     const GpuActs<F> *a = &net<F>.acts[layer];
-    F *norm = net<F>.work.norm;
     if (g->recompute >= 2) {
-        gpu_norm_again<F>(norm, a->rstd1, a->x, small(g, w->norm1), B * T, c->hidden_size);
+        gpu_norm_again<F>(a->norm1, a->rstd1, a->x, small(g, w->norm1), B * T, c->hidden_size);
         gpu_attention_layer_forward<F>(g, layer, B, T, info);
     } else if (g->recompute >= 1) {
-        gpu_norm_again<F>(norm, a->rstd2, a->mid, small(g, w->norm2), B * T, c->hidden_size);
+        gpu_norm_again<F>(a->norm2, a->rstd2, a->mid, small(g, w->norm2), B * T, c->hidden_size);
     }
     if (g->recompute < 1) return;
     gpu_ffn_inputs_forward<F>(g, layer, B * T, info);
     if (!layer_is_moe(c, layer)) return;
     const MoeShape moe = moe_shape(c, B * T, g->parts, info);
-    gpu_moe_gate_up<F>(a->expert_gate_up, norm, matrix<F>(g, w->experts), &a->routing, &moe, &net<F>.work.moe);
+    gpu_moe_gate_up<F>(a->expert_gate_up, a->norm2, matrix<F>(g, w->experts), &a->routing, &moe, &net<F>.work.moe);
 }
 
 // A bucket's gradients are what they will be on this rank: the sums over the ranks are made while backward goes on.
