@@ -3527,9 +3527,12 @@ struct SelectedSlab {
             }
         }
     }
-    // What was chosen with the tile of keys `at`. The broadcast shows the compiler that it is the same for the whole warp.
+    // What was chosen with the tile of keys `at`. The lane that lets go of it reads it; the broadcast shows the compiler that it is the same for the whole warp.
     __device__ Chosen chosen_at(int at) const {
-        const Chosen now = {__shfl_sync(~0u, chosen[at].block, 0), __shfl_sync(~0u, chosen[at].choosers, 0)};
+        Chosen now = {0, 0};
+        if (lane() == 0) now = chosen[at];
+        now.block = __shfl_sync(~0u, now.block, 0);
+        now.choosers = __shfl_sync(~0u, now.choosers, 0);
         return now;
     }
 };
