@@ -94,8 +94,8 @@ static void check_importances_left(const bf16 *q, const bf16 *k, const float *ho
     CUDA(cudaMemset(scratch, 0xff, (size_t)bytes));
     CUDA(cudaMemset(importance, 0xff, (size_t)(n * 4)));
     hopper_importance_forward(out, lse, importance, q, k, v, mask, s, sel, scratch);
-    gpu_choose_blocks(block_idx, importance, 0, tokens * s->KV, s, sel);
     to_host(got, importance, n * 4);
+    gpu_choose_blocks(block_idx, importance, 0, tokens * s->KV, s, sel);       // which may destroy them
     to_host(got_lse, lse, heads * 4);
     for (int64_t i = 0; i < n; i++) got[i] = ldexpf(got[i], -WEIGHT_SHIFT - FACTOR_SHIFT);
     float *host_v = host_of_bf16(v, nv), *host_out = host_of_bf16(out, heads * s->Dv);
@@ -227,7 +227,7 @@ static int check_all(void) {
     // tiles of 32 blocks that end inside and at a text's end, keys that do not fill a block, groups that fill a tile of rows or not, shapes that only
     // version 1 takes; one local block, whose keys are not all seen
     const SelectShape narrow = {8, 4, 8, 4, 1, 1}, same = {8, 8, 8, 4, 0, 1}, local = {4, 2, 4, 5, 1, 2}, wide = {16, 4, 16, 40, 1, 1}, forced_only = {8, 4, 8, 3, 1, 2};
-    const SelectShape fours = {8, 4, 16, 4, 1, 1}, fours_local = {4, 2, 8, 5, 1, 2}, fours_forced = {8, 4, 16, 3, 1, 2};      // four compressed blocks a block, as version 4 wants
+    const SelectShape fours = {8, 4, 16, 4, 1, 1}, fours_local = {4, 2, 8, 5, 1, 2}, fours_forced = {8, 4, 16, 3, 1, 2}, fours_many = {8, 4, 16, 40, 1, 1};      // as version 4 wants
     check_importance(1, 331, 16, 1, 64, fours, 100);
     check_importance(2, 277, 4, 2, 64, fours, 301);
     check_importance(1, 530, 8, 2, 128, fours, 77);
@@ -236,6 +236,7 @@ static int check_all(void) {
     check_importance(1, 130, 3, 2, 64, fours, 100);
     check_importance(1, 130, 2, 1, 64, fours_forced, 100);
     check_importance(1, 200, 24, 1, 128, fours, 100);
+    check_importance(1, 777, 4, 1, 128, fours_many, 100);
     check_importance(1, 190, 32, 2, 64, fours_local, 100);
     check_importance(1, 331, 16, 1, 64, narrow, 100);
     check_importance(2, 277, 4, 2, 64, narrow, 301);
