@@ -1792,8 +1792,7 @@ __device__ static inline float comparable(float importance) { return importance 
 // in order, one a lane, so there are at most WARP of them; of equal ones the first block is ahead. Importances are not negative: they compare as their bits
 // do, and 0 stands for none.
 struct BestBlocks {
-    int wanted, kept_at = INT_MAX;
-    int kept = 0, least = 1;        // bits of an importance, plus 1; what takes a place is at least `least`
+    int wanted, kept_at = INT_MAX, kept = 0, least = 1;        // kept, least: bits of an importance, plus 1; what takes a place is at least `least`
 
     __device__ explicit BestBlocks(int places) : wanted(places) {}
     __device__ static int value_of(float importance) { return (int)__float_as_uint(comparable(importance)) + 1; }
@@ -2952,11 +2951,13 @@ static int narrow_tiles(int64_t rows, const Mask *mask, const AttentionShape *s)
     return mask->kind == MASK_WINDOW && 20 * round_up(seen, NARROW_KEYS) < 19 * round_up(seen, HOPPER_KEYS);
 }
 
-// The 16 rows of this warp, which is one of the warpgroup `slab` among those that compute.
+// Where in a tile of rows the 16 of this warp begin, which is one of the warpgroup `slab` among those that compute.
+HOPPER_DEVICE static inline int first_of_warp(int slab) { return slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS; }
+// These rows.
 template <int ROWS>
 __device__ static inline FastRows rows_of_warp(const RowTile *x, int slab, const AttentionShape *s) {
     const int G = s->H / s->KV, tokens = min32((int)s->T - x->t0, ROWS / G);
-    const FastRows rows = {x->b, x->kv, x->t0 * G + slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, (x->t0 + tokens) * G - 1};
+    const FastRows rows = {x->b, x->kv, x->t0 * G + first_of_warp(slab), (x->t0 + tokens) * G - 1};
     return rows;
 }
 
@@ -3023,7 +3024,7 @@ struct BranchesBefore {
 template <int DV>
 __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
                                          const FastRows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
-    const int first = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
+    const int first = first_of_warp(slab);
     const RowChunks<DV> chunks(rows, s);
     float inverse[2];
     #pragma unroll
@@ -3091,7 +3092,7 @@ struct HopperForward {
 };
 
 // What a warp sums up at once: the weights of SUM_BLOCKS blocks in SUM_HEADS heads, with their tops and log-sum-exps.
-struct alignas(16) SumStage { uint4 of[SUM_BLOCKS / CHUNK_BLOCKS][SUM_HEADS]; float top[SUM_BLOCKS / TILE_BLOCKS][SUM_HEADS], lse[SUM_HEADS], unused[SUM_HEADS]; };
+struct alignas(16) SumStage { uint4 of[SUM_BLOCKS / CHUNK_BLOCKS][SUM_HEADS]; float top[SUM_BLOCKS / TILE_BLOCKS][SUM_HEADS], lse[SUM_HEADS]; };
 
 // Where a warp stands among its queries of a tile of rows: query t, of which blocks before `end` may be chosen, blocks block0 .. block0 + SUM_BLOCKS - 1, heads
 // from h0 on. All heads come, then the next blocks, then the next query that has a choice; behind the last one t is INT_MAX.
@@ -3263,11 +3264,11 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, BranchSum<bf16> 
         bf16 *q_tile = q_tiles + q_ring.at * ROWS * D;
         float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
         unsigned weights[KEYS / 16][4];
-        BranchesBefore<DV> before_this;
+        BranchesBefore<DV> others;
         float before[2] = {0, 0};               // what the last block of the tile before gives to the first of this one
-        unsigned short *weights_at = weights_left<ROWS>(&left, left_ring.at);       // of the tile at hand
+        unsigned short *weights_at = weights_left<ROWS>(&left, left_ring.at);       // where those of the tile of keys at hand go
         float *top_at = tops_left<ROWS>(&left, left_ring.at);
-        const int left_row = slab * SLAB_ROWS + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS + lane() / 4;
+        const int left_row = first_of_warp(slab) + lane() / 4;
         if (IMPORTANCES) barrier_wait(left_empty + left_ring.at, left_ring.parity ^ 1);
 
         const auto issue_scores = [&] {
@@ -3345,14 +3346,14 @@ hopper_forward_kernel(bf16 *out, float *lse, BlockWeights left, BranchSum<bf16> 
                 as_weights();
             }
             issue_values();
-            if (MAKES == WITH_SUM) before_this.fetch(&total, &rows, &s);
+            if (MAKES == WITH_SUM) others.fetch(&total, &rows, &s);
             wgmma_wait<0>();
             wgmma_done<DV>(o);
             let_go(v_empty + v_ring.at);
             v_ring.next();
         }
 
-        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s, MAKES == WITH_SUM ? total.out : NULL, &before_this);
+        store_rows<DV>(out, lse, o, top, sum, q_tile, ROWS, slab, own_sync, &rows, &s, MAKES == WITH_SUM ? total.out : NULL, &others);
         shared_written();
         __syncwarp();
         let_go(q_empty + q_ring.at);
@@ -3381,7 +3382,8 @@ static CUtensorMap block_map(const bf16 *x, int64_t width, int64_t row, const At
 }
 
 template <int D, int DV, int KEYS, int MAKES>
-static void hopper_forward_of_shape(bf16 *out, float *lse, BlockWeights left, const BranchSum<bf16> *total, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
+static void hopper_forward_of_shape(bf16 *out, float *lse, BlockWeights left, const BranchSum<bf16> *total, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+                                    const AttentionShape *s) {
     typedef HopperForward<D, DV, KEYS> Plan;
     const int64_t stages = MAKES == WITH_IMPORTANCES ? SUM_WARPS * SUM_STAGES * (int64_t)sizeof(SumStage) : 0;
     const int64_t bytes = Plan::BYTES + (Plan::BARRIERS + Plan::LEFT_BARRIERS) * (int64_t)sizeof(uint64_t) + stages;
@@ -4475,7 +4477,8 @@ static void hopper_compressed_forward(bf16 *out, float *lse, int *block_idx, con
             part.T = min64(queries, s->T - t);
             part.t0 += t;
             const int64_t token = b * s->T + t;
-            hopper_importance_forward(out + token * s->H * s->Dv, lse + token * s->H, importance, q + token * s->q_row, k + b * s->Tk * s->k_row, v + b * s->Tk * s->v_row, mask, &part, sel, scratch);
+            hopper_importance_forward(out + token * s->H * s->Dv, lse + token * s->H, importance, q + token * s->q_row, k + b * s->Tk * s->k_row, v + b * s->Tk * s->v_row, mask, &part,
+                                      sel, scratch);
             gpu_choose_blocks(block_idx + token * s->KV * sel->n, importance, 0, part.B * part.T * s->KV, &part, sel);
         }
 }
@@ -4513,7 +4516,7 @@ __global__ void branches_sum_kernel(BranchSum<F> total, const F *last, int64_t n
     store<N>(total.out + item, y);
 }
 
-// nh = B·T·H
+// The sum by itself, where the kernel of the window does not make it. last, the window's result, is (nh,dv), as the others and `out`; nh = B·T·H.
 template <typename F>
 static void gpu_branches_sum(const BranchSum<F> *total, const F *last, int64_t nh, int dv) {
     constexpr int N = pack_size<F>;
@@ -5686,7 +5689,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
     return nsa ? s->attention : a->branch[0];
 }
 
-// norm1 to norm2
+// From norm1 to norm2.
 template <typename F>
 static void gpu_attention_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
@@ -5715,7 +5718,7 @@ static void gpu_ffn_inputs_forward(Model *g, int layer, int64_t N, const StepInf
     if (g->parts > 1) gpu_sum_loads(a->routing.load, &moe);
 }
 
-// norm2 to the norm of out: the next layer's norm1, or the head's in work.norm.
+// From norm2 to the norm of out: the next layer's norm1, or the head's in work.norm.
 template <typename F>
 static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
@@ -5735,7 +5738,8 @@ static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, con
         const MoeShape moe = moe_shape(c, N, g->parts, info);
         gpu_moe_forward<F>(s->y, a->expert_gate_up, a->norm2, matrix<F>(g, w->experts), &a->routing, &moe, &s->moe);
     }
-    gpu_add_norm<F>(a->out, last ? s->norm : net<F>.acts[layer + 1].norm1, last ? g->final_rstd : net<F>.acts[layer + 1].rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
+    const GpuActs<F> *next = a + 1;
+    gpu_add_norm<F>(a->out, last ? s->norm : next->norm1, last ? g->final_rstd : next->rstd1, a->mid, s->y, small(g, last ? g->norm : g->layers[layer + 1].norm1), N, C,
                     c->rms_norm_eps, dropout_at(g, B, T, 2 * layer + 2, info));
 }
 
@@ -5871,7 +5875,6 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     const GpuActs<F> *a = &net<F>.acts[layer];
     const int64_t N = B * T, C = c->hidden_size, width = ffn_width(c, layer);
     const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 2, info));
-    if (g->recompute) gpu_norm_again<F>(a->norm2, a->rstd2, a->mid, small(g, w->norm2), N, C);
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
         gpu_swiglu_backward(a->gate_up, s->ffn, s->ffn, N, width);
@@ -6011,7 +6014,7 @@ static void gpu_embed_backward(Model *g, const int *tokens, int64_t N) {
     free(lists);
 }
 
-// What forward did not keep of a layer, from its input on.
+// What forward did not keep of a layer, from its input on. Of the norms it leaves norm2, for the FFN's backward.
 template <typename F>
 static void gpu_layer_again(Model *g, int layer, int64_t B, int64_t T, const StepInfo *info) {
     const Config *c = &g->config;
