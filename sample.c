@@ -387,22 +387,34 @@ static const char *device_name = "GPU", *memory_name = "GPU memory";
 
 enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blocks and much to do
 
-// What one token reads of a list of keys: a branch's, or those of a full-attention layer. The lists that a launch reads stand one behind
-// the other, and each of its splits takes `share` keys of them.
-typedef struct Reading {
-    int keys, before;               // of this list; of those before it in its launch
-    int share;
-    int first_split, splits;        // those that have keys of this list
-} Reading;
+// What one token reads of a list of keys: a branch's, or those of a full-attention layer. The splits of a launch are dealt out to the lists
+// that it reads; each takes `share` keys of its list.
+typedef struct Reading { int keys, share, first_split, splits; } Reading;
 
 typedef struct Input {              // of the token to come
     int64_t position;
     Reading of[CACHE_KINDS];
+    int blocks, own;                // that begin before its end; of those to choose of a member of a team has so many, 0: there is no choice
     int tokens[];                   // (rows)
 } Input;
 
 // The shares of attention before they are merged: branch, row, head, split. Maximum of the scores, sum of exp, sum of exp · value.
 typedef struct Shares { float *top, *sum, *out; } Shares;
+
+// For a team of blocks of threads that make the choice of a list and read what is chosen (fast_selected_kernel): what follows from its shape, and where things stand in a
+// member's dynamic shared memory, in bytes.
+typedef struct TeamPlan {
+    int team, places;
+    int slice, across, groups;          // numbers of out that a member adds up; threads that have them by fours, in so many groups
+    int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
+    float per_slice, per_across, per_key;   // 1 / slice, 1 / across, 1 / sel_block
+    // The choice has in the rings' place candidates, at 0, then weights of the compressed blocks near to some of its selection blocks, and the importance of all of these
+    int near, importance;
+    // Behind the rings. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; tops: (team,G) pairs of top, in units of
+    // log2, and sum; offered: (places,MOST_TEAM) candidates; lse: (2,G) of the compressed branch and the window; gates: (G,3)
+    int partial, told, tops, offered, arrived, lse, gates;
+    int bytes;
+} TeamPlan;
 
 typedef struct Working {
     cudaStream_t stream;
@@ -412,13 +424,15 @@ typedef struct Working {
     int64_t least_free_bytes;       // since then
     int fast;                       // the tier
     int splits;                     // the most shares of a launch's keys
-    int team;                       // blocks of threads that the fast tier has for each list of sparse attention
+    int team;                       // blocks of threads that choose for a list and read what is chosen, in the fast tier
+    TeamPlan plan;
     void *memory;                   // of all that follows, on the GPU
     Input *device_input;
     double *frequency;              // (D/2) RoPE: what a pair turns by from one position to the next
     float *angles;                  // (2,D): RoPE of this token, and of the first token of the block it completes
     float *x, *mid;                 // (rows,C) residual stream before and behind attention
     float *wide, *gates;            // (rows,wide), (rows,H,3)
+    bf16 *queries;                  // (rows,H,D) turned, for the fast tier
     void *flat[2], *hidden[2];      // F (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
     float *scores;                  // (rows,H,score_row) of the compressed branch
     float *importance;              // (rows,KV,blocks); this and the choice only by the simple tier
@@ -434,12 +448,12 @@ typedef struct Working {
 // What the kernels of attention must know of the model.
 typedef struct DecodeShape { int full, rows, H, KV, G, D, Dv, splits; SelectShape select; } DecodeShape;
 
-static DecodeShape decode_shape(const Decoder *d, int layer) {
-    const Config *c = &d->model->config;
+static DecodeShape shape_of_config(const Config *c, int full, int rows, int splits) {
     const int H = c->num_attention_heads, KV = c->num_key_value_heads;
-    DecodeShape s = {layer_is_full(c, layer), d->rows, H, KV, H / KV, c->head_dim, c->v_head_dim, d->work->splits, select_shape(c)};
+    DecodeShape s = {full, rows, H, KV, H / KV, c->head_dim, c->v_head_dim, splits, select_shape(c)};
     return s;
 }
+static DecodeShape decode_shape(const Decoder *d, int layer) { return shape_of_config(&d->model->config, layer_is_full(&d->model->config, layer), d->rows, d->work->splits); }
 
 // ----------------------------------------------------------------------------
 // Launches. These kernels are so short that setting up the next one takes as long as running this one. From sm_90 on the two overlap
@@ -449,12 +463,17 @@ static DecodeShape decode_shape(const Decoder *d, int layer) {
 //
 // On the same GPUs the blocks of threads of a cluster run at the same time and can wait for each other: a team. Elsewhere a team is one block.
 
+// What members of a team tell each other goes into the other's shared memory, where a barrier counts the bytes that have come: one for each of LETTERS exchanges.
+// Without clusters a member is alone.
+enum { OFFERED, SUMMED, LETTERS };
+
 #ifdef CUDA_ON_CPU
 static inline void let_next_come(void) {}
 static inline void wait_for_previous(void) {}
-static inline void team_arrive(void) {}
-static inline void team_wait(void) { emu_cluster_barrier(); }
-template <typename X> static inline X *of_member(X *x, int member) { return (X *)emu_of_block(x, member); }
+static inline void team_begin(uint64_t *, const int *) {}
+static inline void team_there(void) { emu_cluster_barrier(); }
+template <typename X> static inline void tell(X *x, X y, uint64_t *, int member) { *(X *)emu_of_block(x, member) = y; }
+static inline void told(uint64_t *) { emu_cluster_barrier(); }
 static inline void prefetch(const void *) {}
 static inline void cp_async_16_once(void *to, const void *from, int filled) { cp_async_16(to, from, filled); }
 #else
@@ -469,28 +488,44 @@ __device__ static inline void wait_for_previous(void) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// As __syncthreads for all blocks of a team, in two parts: what a thread wrote before it arrives, to global memory too, the others see behind the wait.
-__device__ static inline void team_arrive(void) {
+// So many bytes are going to come.
+__device__ static inline void team_begin(uint64_t *arrived, const int bytes[LETTERS]) {
 #if __CUDA_ARCH__ >= 900
+    for (int i = 0; i < LETTERS && threadIdx.x == 0; i++) barrier_init(arrived + i, 1);
+    if (threadIdx.x == 0) barriers_ready();
+    for (int i = 0; i < LETTERS && threadIdx.x == 0; i++) barrier_expect(arrived + i, bytes[i]);
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
-__device__ static inline void team_wait(void) {
+// Before anything is told.
+__device__ static inline void team_there(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }
-// Where x, in shared memory, lies in that of another member, who must be there: a barrier has been passed, and one comes before anybody ends.
+// y (8 or 16 bytes) goes where x lies in a member's memory.
 template <typename X>
-__device__ static inline X *of_member(X *x, int member) {
+__device__ static inline void tell(X *x, X y, uint64_t *arrived, int member) {
 #if __CUDA_ARCH__ >= 900
-    uint64_t theirs;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(x), "r"(member));
-    return (X *)theirs;
+    unsigned to, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(x)), "r"(member));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(member));
+    static_assert(sizeof y == 8 || sizeof y == 16, "there is an instruction for that");
+    if constexpr (sizeof y == 8)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" :: "r"(to), "l"(*(const uint64_t *)&y), "r"(barrier) : "memory");
+    else
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+                     :: "r"(to), "r"(((const unsigned *)&y)[0]), "r"(((const unsigned *)&y)[1]), "r"(((const unsigned *)&y)[2]), "r"(((const unsigned *)&y)[3]), "r"(barrier) : "memory");
 #else
-    return x;
+    *x = y;
+#endif
+}
+// Waits for all that is told in this exchange.
+__device__ static inline void told(uint64_t *arrived) {
+#if __CUDA_ARCH__ >= 900
+    barrier_wait(arrived, 0);
+#else
+    __syncthreads();
 #endif
 }
 // Into the L2 cache: for weights, which nobody writes, before the wait.
@@ -502,25 +537,22 @@ __device__ static inline void cp_async_16_once(void *to, const void *from, int f
 }
 #endif
 
-__device__ static inline void team_barrier(void) {
-    team_arrive();
-    team_wait();
-}
-
-// Compiled with -DPHASES, dev/cuda/decode bench prints when the first block of threads came to the points of fast_sparse_kernel.
-enum { BEGUN, ASKED, ALONE, QUERIES, ATTENDED, TOLD, MET, WEIGHED, MET_AGAIN, CHOSEN, ATTENDED_CHOSEN, TOLD_AGAIN, MET_LAST, MERGED, PHASES_IN_ALL };
+// Compiled with -DPHASES, dev/cuda/decode bench prints when the first block of threads of each kernel of sparse attention came to these points.
+enum { BEFORE, ALONE, ATTENDED, TOLD, NEXT_ALONE, KNOWN, WEIGHED, MET, CHOSEN, MERGED_FIRST, ATTENDED_CHOSEN, TOLD_AGAIN, MET_AGAIN, MERGED, PHASES_IN_ALL };
 #ifdef PHASES
-static const char *phase_names[] = {"begun", "keys asked for", "previous kernel waited for", "queries read", "compressed and window attended", "sums written", "team waited for", "blocks weighed",
-                                    "team waited for", "blocks chosen", "chosen blocks attended", "sums written", "team waited for", "merged"};
+static const char *phase_names[] = {"the token before merged", "previous kernel waited for", "compressed keys attended", "sums written", "previous kernel waited for", "log-sum-exps known", "blocks weighed",
+                                    "team waited for", "blocks chosen", "first branches merged", "chosen blocks attended", "sums told", "team waited for", "merged"};
 __device__ long long phase_clock[PHASES_IN_ALL];
 __device__ static inline void phase(int which) {
-    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) phase_clock[which] = clock64();
+    if (blockIdx.x || blockIdx.y || threadIdx.x) return;
+    if (which == ALONE) phase_clock[BEFORE] = phase_clock[MERGED];
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(phase_clock[which]));
 }
 #else
 DEVICE static inline void phase(int) {}
 #endif
 
-// Teams are of so many neighbours along y.
+// Teams are of so many neighbours along y; 0: there are none.
 static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], cudaStream_t stream, dim3 blocks, int64_t threads, int64_t shared, int team) {
     cudaLaunchConfig_t config = {};
     config.gridDim = blocks;
@@ -533,7 +565,7 @@ static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], cudaS
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {1, (unsigned)team, 1};
-    config.numAttrs = team > 1 ? 2 : 1;
+    config.numAttrs = team ? 2 : 1;
     return config;
 }
 
@@ -546,7 +578,7 @@ static void launch_teams(cudaStream_t stream, void (*kernel)(Parameters...), dim
 }
 template <typename... Parameters, typename... Arguments>
 static void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks, int64_t threads, int64_t shared, Arguments... arguments) {
-    launch_teams(stream, kernel, blocks, threads, shared, 1, arguments...);
+    launch_teams(stream, kernel, blocks, threads, shared, 0, arguments...);
 }
 
 // ----------------------------------------------------------------------------
@@ -682,6 +714,7 @@ __device__ static inline float turned(const float *x, const float *angles, int c
 
 typedef struct TokenCall {
     float *wide, *gates;
+    bf16 *queries;              // of the fast tier, or NULL
     const float *gate_weight, *gate_bias, *angles;
     const Input *input;
     WideRow row;
@@ -711,6 +744,10 @@ __global__ void token_kernel(TokenCall a) {
         const float first = turned(q, a.angles, i % half, D), second = turned(q, a.angles, i % half + half, D);
         q[i % half] = first;
         q[i % half + half] = second;
+        if (!a.queries) continue;
+        bf16 *query = a.queries + (r * s->H + i / half) * D + i % half;
+        query[0] = __float2bfloat16_rn(first);
+        query[half] = __float2bfloat16_rn(second);
     }
     for (int b = 0; b < a.row.branches; b++) {
         const float *k = wide + a.row.k[b], *v = wide + a.row.v[b];
@@ -834,17 +871,17 @@ DEVICE static inline int64_t score_row(int64_t slots) { return (slots + FOUR - 1
 // Where the shares of a head stand, one for each split. head = (row·KV + kv)·G + g, which is row·H + h.
 __device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return ((int64_t)branch * s->rows * s->H + head) * s->splits; }
 
-// The keys from .. to-1 of a list that a split has.
+// The keys from .. to-1 of a list, those of its n-th split: none behind the last.
 typedef struct Stretch { int from, to; } Stretch;
-__device__ static inline Stretch stretch_of(const Reading *r, int split) {
-    const int start = split * r->share - r->before;
-    const Stretch x = {start > 0 ? start : 0, start + r->share < r->keys ? start + r->share : r->keys};
+__device__ static inline Stretch stretch_of(const Reading *r, int n) {
+    const Stretch x = {n * r->share, min32((n + 1) * r->share, r->keys)};
     return x;
 }
 
 typedef struct AttendCall {
     const float *q;             // (rows,H,D), q_row apart
     int64_t q_row;
+    const bf16 *queries;        // (rows,H,D), the fast tier's
     const Input *input;
     LayerCache cache;
     const int *block_idx;       // of the simple tier
@@ -858,6 +895,8 @@ typedef struct AttendCall {
 enum { NO_LIST = -1 };
 
 __device__ static inline int branch_of(int kind) { return kind == CACHE_FULL ? 0 : kind; }
+// The kind of the list that a split reads.
+__device__ static inline int kind_of(const AttendCall *a, int split) { return a->lists[1] != NO_LIST && split >= a->input->of[a->lists[1]].first_split ? a->lists[1] : a->lists[0]; }
 
 static int64_t attend_numbers(const DecodeShape *s) { return HEADS_ROW * (s->D + s->Dv + WARP) + tile_size(s->D); }
 
@@ -879,66 +918,63 @@ __global__ void attend_kernel(AttendCall a) {
         q[c * HEADS_ROW + g] = g < heads ? a.q[list / s->KV * a.q_row + (list % s->KV * G + g0 + g) * D + c] * scale : 0;
     }
 
-    for (int n = 0; n < 2 && a.lists[n] != NO_LIST; n++) {
-        const int kind = a.lists[n], branch = branch_of(kind);
-        const Stretch x = stretch_of(&a.input->of[kind], blockIdx.y);
-        if (x.from >= x.to) continue;
-        const KeyCache *cache = &a.cache.branch[branch];
-        const F *k = (const F *)cache->k + list * cache->slots * D, *v = (const F *)cache->v + list * cache->slots * Dv;
-        const int *idx = kind == SLC ? a.block_idx + list * s->select.n : NULL;
-        float *scores = kind == CMP ? a.scores + (list * G + g0) * score_row(cache->slots) : NULL;
-        for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
-        if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
+    const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
+    const Stretch x = stretch_of(&a.input->of[kind], share);
+    if (x.from >= x.to) return;
+    const KeyCache *cache = &a.cache.branch[branch];
+    const F *k = (const F *)cache->k + list * cache->slots * D, *v = (const F *)cache->v + list * cache->slots * Dv;
+    const int *idx = kind == SLC ? a.block_idx + list * s->select.n : NULL;
+    float *scores = kind == CMP ? a.scores + (list * G + g0) * score_row(cache->slots) : NULL;
+    for (int i = threadIdx.x; i < Dv * HEADS_ROW; i += blockDim.x) out[i] = 0;
+    if (threadIdx.x < HEADS) top[threadIdx.x] = -INFINITY, sum[threadIdx.x] = 0;
 
-        for (int k0 = x.from; k0 < x.to; k0 += WARP) {
-            const int count = (int)min64(WARP, x.to - k0);
-            __syncthreads();        // the tile before has been read
-            for (int j = warp; j < count; j += ATTEND_WARPS) {
-                const int key = k0 + j;
-                const int64_t at = idx ? idx[key / s->select.sel_block] * (int64_t)s->select.sel_block + key % s->select.sel_block : key;
-                for (int c = lane(); c < D; c += WARP) tile[j * tile_row(D) + c] = (float)k[at * D + c];
-                if (lane() == 0) slot[j] = at;
-            }
-            __syncthreads();
-            float y[FOUR] = {0};    // a warp has four heads, a lane a key
-            for (int c = 0; c < D && lane() < count; c++) {
-                const float4 four = *(const float4 *)(q + c * HEADS_ROW + warp * FOUR);
-                const float key = tile[lane() * tile_row(D) + c];
-                y[0] += four.x * key, y[1] += four.y * key, y[2] += four.z * key, y[3] += four.w * key;
-            }
-            for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
-                const float score = lane() < count ? y[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
-                const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
-                p[lane() * HEADS_ROW + g] = weight;
-                if (scores && lane() < count) scores[g * score_row(cache->slots) + k0 + lane()] = score;
-                __syncwarp();       // all have read top
-                if (lane() > 0) continue;
-                top[g] = higher;
-                shrink[g] = expf(before - higher);
-                sum[g] = sum[g] * shrink[g] + all;
-            }
-            __syncthreads();
-            for (int i = threadIdx.x; i < (heads + FOUR - 1) / FOUR * Dv; i += blockDim.x) {     // a thread has four heads, a channel
-                const int g = i / Dv * FOUR, c = i % Dv;
-                float4 *o = (float4 *)(out + c * HEADS_ROW + g), four = *o;
-                four = make_float4(four.x * shrink[g], four.y * shrink[g + 1], four.z * shrink[g + 2], four.w * shrink[g + 3]);
-                #pragma unroll 8
-                for (int j = 0; j < count; j++) {
-                    const float4 weight = *(const float4 *)(p + j * HEADS_ROW + g);
-                    const float value = (float)v[slot[j] * Dv + c];
-                    four.x += weight.x * value, four.y += weight.y * value, four.z += weight.z * value, four.w += weight.w * value;
-                }
-                *o = four;
-            }
+    for (int k0 = x.from; k0 < x.to; k0 += WARP) {
+        const int count = (int)min64(WARP, x.to - k0);
+        __syncthreads();        // the tile before has been read
+        for (int j = warp; j < count; j += ATTEND_WARPS) {
+            const int key = k0 + j;
+            const int64_t at = idx ? idx[key / s->select.sel_block] * (int64_t)s->select.sel_block + key % s->select.sel_block : key;
+            for (int c = lane(); c < D; c += WARP) tile[j * tile_row(D) + c] = (float)k[at * D + c];
+            if (lane() == 0) slot[j] = at;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < heads * Dv; i += blockDim.x) {
-            const int g = i / Dv, c = i % Dv;
-            const int64_t part = parts_of(s, branch, list * G + g0 + g) + blockIdx.y;
-            a.parts.out[part * Dv + c] = out[c * HEADS_ROW + g];
-            if (c == 0) a.parts.top[part] = top[g], a.parts.sum[part] = sum[g];
+        float y[FOUR] = {0};    // a warp has four heads, a lane a key
+        for (int c = 0; c < D && lane() < count; c++) {
+            const float4 four = *(const float4 *)(q + c * HEADS_ROW + warp * FOUR);
+            const float key = tile[lane() * tile_row(D) + c];
+            y[0] += four.x * key, y[1] += four.y * key, y[2] += four.z * key, y[3] += four.w * key;
         }
-        __syncthreads();        // before the next list's sums take their place
+        for (int g = warp * FOUR; g < heads && g < (warp + 1) * FOUR; g++) {
+            const float score = lane() < count ? y[g % FOUR] : -INFINITY, before = top[g], higher = fmaxf(before, warp_max(score));
+            const float weight = lane() < count ? expf(score - higher) : 0, all = warp_sum(weight);
+            p[lane() * HEADS_ROW + g] = weight;
+            if (scores && lane() < count) scores[g * score_row(cache->slots) + k0 + lane()] = score;
+            __syncwarp();       // all have read top
+            if (lane() > 0) continue;
+            top[g] = higher;
+            shrink[g] = expf(before - higher);
+            sum[g] = sum[g] * shrink[g] + all;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < (heads + FOUR - 1) / FOUR * Dv; i += blockDim.x) {     // a thread has four heads, a channel
+            const int g = i / Dv * FOUR, c = i % Dv;
+            float4 *o = (float4 *)(out + c * HEADS_ROW + g), four = *o;
+            four = make_float4(four.x * shrink[g], four.y * shrink[g + 1], four.z * shrink[g + 2], four.w * shrink[g + 3]);
+            #pragma unroll 8
+            for (int j = 0; j < count; j++) {
+                const float4 weight = *(const float4 *)(p + j * HEADS_ROW + g);
+                const float value = (float)v[slot[j] * Dv + c];
+                four.x += weight.x * value, four.y += weight.y * value, four.z += weight.z * value, four.w += weight.w * value;
+            }
+            *o = four;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * Dv; i += blockDim.x) {
+        const int g = i / Dv, c = i % Dv;
+        const int64_t part = parts_of(s, branch, list * G + g0 + g) + share;
+        a.parts.out[part * Dv + c] = out[c * HEADS_ROW + g];
+        if (c == 0) a.parts.top[part] = top[g], a.parts.sum[part] = sum[g];
     }
 }
 
@@ -964,7 +1000,7 @@ __global__ void merge_kernel(float *out, const float *gates, Shares parts, const
     int count = 0;
     for (int b = 0; b < branches; b++) {
         const Reading *r = &input->of[s.full ? CACHE_FULL : b];
-        const int64_t first = parts_of(&s, b, head) + r->first_split;
+        const int64_t first = parts_of(&s, b, head);
         if (warp == b) {
             float top, sum;
             warp_merge(&top, &sum, &parts, first, r->splits);
@@ -1019,7 +1055,7 @@ __device__ static inline int block_count(int x, int *counts) {
 __device__ static inline void group_lse(float *lse, const Shares *parts, const DecodeShape *s, int64_t list, const Reading *r) {
     for (int g = threadIdx.x / WARP; g < s->G; g += blockDim.x / WARP) {
         float top, sum;
-        warp_merge(&top, &sum, parts, parts_of(s, CMP, list * s->G + g) + r->first_split, r->splits);
+        warp_merge(&top, &sum, parts, parts_of(s, CMP, list * s->G + g), r->splits);
         if (lane() == 0) lse[g] = top + logf(sum);
     }
     __syncthreads();
@@ -1090,96 +1126,99 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, MOST_TEAM = 16 };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 
-// A warp's ring of tiles in shared memory, keys (TILE_KEYS,D) and values (TILE_KEYS,DV) each, and the rings of a block. OUT_ROW: of the
-// warps' sums (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
+// A warp's ring in shared memory, and the rings of a block: each of the SLOTS takes the keys (TILE_KEYS,D) or the values (TILE_KEYS,DV) of a tile. Two blocks
+// fit on a multiprocessor at D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends. OUT_ROW: of the warps' sums
+// (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
 template <int D, int DV>
 struct KeyRing {
-    static constexpr int STAGES = D == 192 ? 2 : 3, STAGE = TILE_KEYS * (D + DV), NUMBERS = STAGES * STAGE, OUT_ROW = DV + 8;
+    static constexpr int SLOTS = D == 64 ? 6 : 3, SLOT = TILE_KEYS * D, NUMBERS = SLOTS * SLOT, OUT_ROW = DV + 8;
     static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16), OUTS = DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float);
-    static_assert(OUTS <= BYTES, "the sums take the rings' place");
+    static_assert(DV <= D && OUTS <= BYTES, "values lie where keys do, and the sums take the rings' place");
 };
 
 static int64_t ring_bytes(int D) { return D == 64 ? KeyRing<64, 64>::BYTES : D == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
-static int64_t outs_bytes(int D) { return D == 64 ? KeyRing<64, 64>::OUTS : D == 128 ? KeyRing<128, 128>::OUTS : KeyRing<192, 128>::OUTS; }
 static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
-
-// The choice has the importance of all blocks behind the warps' sums, and in the place of these first the log-sum-exp of each head and weights of the
-// compressed blocks that touch so many selection blocks, then choose_quickly's list of candidates.
-DEVICE static inline int choice_listed(int n, int64_t blocks) { return n * (int)(blocks / CHOICE_GROUPS + 1); }
-DEVICE static inline int choice_blocks(const SelectShape *sel) { return max32(1, CHOICE_WEIGHTS / (sel->sel_block / sel->cmp_stride)); }
 DEVICE static inline int in_fours(int n) { return (n + FOUR - 1) / FOUR * FOUR; }
 
-// Whether a model is decoded by the fast tier: one that training's takes, that does not choose more blocks than choose_quickly can, is not so
-// long that what is needed for its choice does not fit where the rings stand, nor what the sum of the branches needs for each head.
-static int fast_decode(const Config *c, int64_t capacity) {
-    if (tier_of_model(c) == TIER_SIMPLE || !has_nsa(c)) return tier_of_model(c) != TIER_SIMPLE;
-    const SelectShape sel = select_shape(c);
-    const int64_t G = c->num_attention_heads / c->num_key_value_heads, blocks = most_selection_blocks(c, capacity), outs = outs_bytes(c->head_dim), room = ring_bytes(c->head_dim);
-    const int64_t weights = choice_blocks(&sel) * (int64_t)(sel.sel_block / sel.cmp_stride) + sel.cmp_block / sel.cmp_stride + 2 * FOUR;
-    return sel.n <= CHOICE_GROUPS && outs + blocks * (int64_t)sizeof(float) <= room && choice_listed(sel.n, blocks) * (int64_t)sizeof(uint64_t) <= outs &&
-           (in_fours((int)G) + weights) * (int64_t)sizeof(float) <= outs && (G * BRANCHES * MOST_TEAM + DECODE_THREADS * FOUR) * (int64_t)sizeof(float) <= room;
-}
+// i / n for i < QUOTIENTS, exactly; inverse is 1 / n. A division takes ten times as many instructions.
+enum { QUOTIENTS = 1 << 20 };
+DEVICE static inline int quotient(int i, float inverse) { return (int)(((float)i + 0.5f) * inverse); }
 
-// The keys of a list that a warp goes through in tiles: `first`, first + step, ..., those before `end`.
+// The keys of a list that a warp goes through in tiles: `first`, first + step, ..., those before `end`. A tile comes in two steps, its keys and its values.
 typedef struct WarpKeys {
     const bf16 *k, *v;
     int first, step, end;
     int fresh;              // the key that this token has brought, or -1: none
-    int asked;              // so many of the first tiles are on their way, but for the one with the fresh key
+    int asked;              // so many of the first steps are on their way, but for those with the fresh key
     const int *idx;         // or NULL: the blocks of `block` slots in which the keys lie
     int block;
+    float per_block;        // 1 / block
 } WarpKeys;
 
-// Those, of `keys`, of the member-th of `members` warps that have the tiles dealt out among them.
+// Those of a stretch of a list's keys that one of `members` warps has, which share its tiles.
 template <int D, int DV>
-__device__ static inline WarpKeys warp_keys(const AttendCall *a, int branch, int64_t list, int keys, int fresh, int member, int members, const int *idx) {
+__device__ static inline WarpKeys warp_keys(const AttendCall *a, int branch, int64_t list, Stretch x, int fresh, int member, int members, const int *idx, float per_block) {
     const KeyCache *cache = &a->cache.branch[branch];
-    const WarpKeys x = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
-                        member * TILE_KEYS, members * TILE_KEYS, keys, fresh, 0, idx, a->s.select.sel_block};
-    return x;
+    const WarpKeys keys = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
+                           x.from + member * TILE_KEYS, members * TILE_KEYS, x.to, fresh, 0, idx, a->s.select.sel_block, per_block};
+    return keys;
 }
 
-// Keys k0 and on, those that there are, and their values, into a warp's tile.
-template <int D, int DV>
-__device__ static inline void fetch_keys(bf16 *tile, const WarpKeys *x, int k0) {
+__device__ static inline int first_of_step(const WarpKeys *x, int step) { return x->first + step / 2 * x->step; }
+__device__ static inline int fresh_in(const WarpKeys *x, int step) { return first_of_step(x, step) <= x->fresh && x->fresh < first_of_step(x, step) + TILE_KEYS; }
+
+// A tile's keys or values, W numbers each, those that there are, into a slot of a warp's ring.
+template <int W>
+__device__ static inline void fetch_half(bf16 *slot, const bf16 *from, const WarpKeys *x, int k0) {
     const int key = k0 + lane() % TILE_KEYS;
-    const int slot = key >= x->end ? 0 : x->idx ? x->idx[key / x->block] * x->block + key % x->block : key;
+    int at = key < x->end ? key : 0;
+    if (x->idx) at += (x->idx[quotient(at, x->per_block)] - quotient(at, x->per_block)) * x->block;
     #pragma unroll
-    for (int n = 0; n < TILE_KEYS * (D / 8) / WARP; n++) {
-        const int row = (n * WARP + lane()) / (D / 8), chunk = (n * WARP + lane()) % (D / 8);
-        cp_async_16_once(chunk_of<D>(tile, row, chunk), x->k + (int64_t)__shfl_sync(~0u, slot, row) * D + chunk * 8, k0 + row < x->end ? 16 : 0);
-    }
-    #pragma unroll
-    for (int n = 0; n < TILE_KEYS * (DV / 8) / WARP; n++) {
-        const int row = (n * WARP + lane()) / (DV / 8), chunk = (n * WARP + lane()) % (DV / 8);
-        cp_async_16_once(chunk_of<DV>(tile + TILE_KEYS * D, row, chunk), x->v + (int64_t)__shfl_sync(~0u, slot, row) * DV + chunk * 8, k0 + row < x->end ? 16 : 0);
+    for (int n = 0; n < TILE_KEYS * (W / 8) / WARP; n++) {
+        const int row = (n * WARP + lane()) / (W / 8), chunk = (n * WARP + lane()) % (W / 8);
+        cp_async_16_once(chunk_of<W>(slot, row, chunk), from + (int64_t)__shfl_sync(~0u, at, row) * W + chunk * 8, k0 + row < x->end ? 16 : 0);
     }
 }
+// What comes in a step, if there is such a tile.
+template <int D, int DV>
+__device__ static inline void fetch_step(bf16 *ring, const WarpKeys *x, int step, int slot) {
+    const int k0 = first_of_step(x, step);
+    if (k0 >= x->end) return;
+    bf16 *to = ring + slot * KeyRing<D, DV>::SLOT;
+    if constexpr (D == DV) fetch_half<D>(to, step % 2 ? x->v : x->k, x, k0);
+    else if (step % 2) fetch_half<DV>(to, x->v, x, k0);
+    else fetch_half<D>(to, x->k, x, k0);
+}
 
-// A ring full of tiles, but for the one with this token's key: that may be done before others have written it.
-__device__ static inline int is_fresh(const WarpKeys *x, int k0) { return k0 <= x->fresh && x->fresh < k0 + TILE_KEYS; }
+// A ring full, but for the tile with this token's key: that may be done before others have written it.
 template <int D, int DV>
 __device__ static inline void fetch_first(bf16 *ring, WarpKeys *x) {
-    typedef KeyRing<D, DV> R;
     #pragma unroll 1        // as most loops here: code that runs once comes from memory, too
-    for (; x->asked < R::STAGES; x->asked++) {
-        const int k0 = x->first + x->asked * x->step;
-        if (k0 < x->end && !is_fresh(x, k0)) fetch_keys<D, DV>(ring + x->asked * R::STAGE, x, k0);
-    }
+    for (; x->asked < KeyRing<D, DV>::SLOTS; x->asked++)
+        if (!fresh_in(x, x->asked)) fetch_step<D, DV>(ring, x, x->asked, x->asked);
     cp_async_commit();
 }
 
-// q (heads,D), of heads g0 and on of a list, as the left factor of all warps, by way of shared memory (MMA_ROWS,D).
+// The queries of heads head0 and on, as bf16, on their way into shared memory (MMA_ROWS,D) by way of registers.
+template <int D> struct AskedQueries { static constexpr int CHUNKS = MMA_ROWS * D / 8, EACH = (CHUNKS + DECODE_THREADS - 1) / DECODE_THREADS; uint4 of[EACH]; };
 template <int D>
-__device__ static inline void read_queries(unsigned (*qs)[4], uint4 *memory, const AttendCall *a, int list, int g0, int heads) {
-    const float *q = a->q + list / a->s.KV * a->q_row + (list % a->s.KV * a->s.G + g0) * D;
-    bf16 *queries = (bf16 *)memory;
-    __syncthreads();        // the ones before have been read
-    for (int i = threadIdx.x; i < MMA_ROWS * D; i += DECODE_THREADS)
-        chunk_of<D>(queries, i / D, i % D / 8)[i % 8] = i / D < heads ? __float2bfloat16_rn(q[i]) : __float2bfloat16_rn(0);
-    __syncthreads();
+__device__ static inline AskedQueries<D> ask_queries(const AttendCall *a, int64_t head0, int heads) {
+    AskedQueries<D> x;
+    const uint4 none = {0, 0, 0, 0};
     #pragma unroll
-    for (int i = 0; i < D / 16; i++) ldmatrix_x4(qs[i], chunk_of<D>(queries, lane() % MMA_ROWS, i * 2 + lane() / MMA_ROWS));
+    for (int n = 0; n < AskedQueries<D>::EACH; n++) {
+        const int i = n * DECODE_THREADS + threadIdx.x;
+        x.of[n] = i / (D / 8) < heads ? ((const uint4 *)(a->queries + head0 * D))[i] : none;
+    }
+    return x;
+}
+template <int D>
+__device__ static inline void put_queries(bf16 *queries, const AskedQueries<D> &x) {
+    #pragma unroll
+    for (int n = 0; n < AskedQueries<D>::EACH; n++) {
+        const int i = n * DECODE_THREADS + threadIdx.x;
+        if (i < AskedQueries<D>::CHUNKS) *(uint4 *)chunk_of<D>(queries, i / (D / 8), i % (D / 8)) = x.of[n];
+    }
 }
 
 // A warp's sums, of rows lane / 4 and 8 more; top in units of log2.
@@ -1188,28 +1227,38 @@ template <int DV> struct WarpSums { float o[DV / 8][4], top[2], sum[2]; };
 // Less than any score, and unlike -INFINITY a number that can be subtracted from itself: the top of no keys.
 #define NO_TOP -1e30f
 
-// A warp goes through its keys: a tile is asked for STAGES - 1 turns before its own. scores: or NULL, (heads,row), in units of log2.
+// A warp goes through its keys: a step is asked for SLOTS - 1 turns before its own. scores: or NULL, (heads,row), in units of log2.
 template <int D, int DV>
-__device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const WarpKeys *x, const unsigned (*qs)[4], float *scores, int row, int heads) {
+__device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const WarpKeys *x, bf16 *queries, float *scores, int row, int heads) {
     typedef KeyRing<D, DV> R;
     const int low = lane() / 4, pair = lane() % 4 * 2;
     const float scale2 = 1 / sqrtf((float)D) * LOG2E;
+    float p[TILE_KEYS / 8][4];
     #pragma unroll
     for (int c = 0; c < DV / 8; c++)
         for (int e = 0; e < 4; e++) y->o[c][e] = 0;
     for (int i = 0; i < 2; i++) y->top[i] = NO_TOP, y->sum[i] = 0;
     #pragma unroll 1
-    for (int turn = 0, stage = 0;; turn++, stage = (stage + 1) % R::STAGES) {
-        const int ahead = x->first + turn * x->step, k0 = ahead - (R::STAGES - 1) * x->step;
-        if (k0 >= x->end) break;
-        if (ahead < x->end && (turn >= x->asked || is_fresh(x, ahead))) fetch_keys<D, DV>(ring + stage * R::STAGE, x, ahead);
+    for (int turn = 0, slot = 0;; turn++, slot = (slot + 1) % R::SLOTS) {
+        const int step = turn - (R::SLOTS - 1), k0 = first_of_step(x, step);
+        if (step >= 0 && k0 >= x->end) break;
+        if (turn >= x->asked || fresh_in(x, turn)) fetch_step<D, DV>(ring, x, turn, slot);
         cp_async_commit();
-        if (turn < R::STAGES - 1) continue;
-        bf16 *tile = ring + (stage + 1) % R::STAGES * R::STAGE;
-        cp_async_wait<R::STAGES - 1>();
+        if (step < 0) continue;
+        bf16 *half = ring + (slot + 1) % R::SLOTS * R::SLOT;
+        cp_async_wait<R::SLOTS - 1>();
         __syncwarp();
-        float p[TILE_KEYS / 8][4] = {{0}};
-        times_turned<D, TILE_KEYS / 8>(p, qs, tile, 0);
+        if (step % 2) {
+            unsigned weights[4];
+            as_left_factor(weights, p);
+            times_rows<DV>(y->o, weights, half, 0);
+            __syncwarp();
+            continue;
+        }
+        #pragma unroll
+        for (int i = 0; i < TILE_KEYS / 8; i++)
+            for (int e = 0; e < 4; e++) p[i][e] = 0;
+        tile_times_turned<D, TILE_KEYS / 8>(p, queries, 0, half, 0);
         #pragma unroll
         for (int i = 0; i < TILE_KEYS / 8; i++)
             #pragma unroll
@@ -1235,9 +1284,6 @@ __device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const War
             #pragma unroll
             for (int c = 0; c < DV / 8; c++) y->o[c][i * 2] *= shrink, y->o[c][i * 2 + 1] *= shrink;
         }
-        unsigned weights[4];
-        as_left_factor(weights, p);
-        times_rows<DV>(y->o, weights, tile + TILE_KEYS * D, 0);
         __syncwarp();
     }
 }
@@ -1260,152 +1306,169 @@ __device__ static inline void put_sums(BlockSums *sums, float *outs, const WarpS
     __syncthreads();
 }
 
-// The block's share of a branch, out of the sums of the first `bound` warps, and that of the branch `second`, out of the others'. No keys make a share,
-// too: one that weighs nothing. First the tops and sums, and what each warp's outs weigh.
-__device__ static inline void write_tops(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, BlockSums *sums) {
-    const int w = threadIdx.x % DECODE_WARPS, row = threadIdx.x / DECODE_WARPS % MMA_ROWS, part = threadIdx.x / (DECODE_WARPS * MMA_ROWS), mine = (w >= bound) == part;
-    float highest = mine ? sums->top[w][row] : NO_TOP;
-    for (int step = 1; step < DECODE_WARPS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
-    const float weight = mine ? power_of_2(sums->top[w][row] - highest) : 0;
-    float total = weight * sums->sum[w][row];
-    for (int step = 1; step < DECODE_WARPS; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-    if (mine) sums->weight[w][row] = weight;
-    if (w == 0 && row < heads && (part == 0 || bound < DECODE_WARPS)) {
-        const int64_t at = parts_of(&a->s, part ? second : branch, head0 + row) + share;
-        a->parts.top[at] = highest * (1 / LOG2E), a->parts.sum[at] = total;
+// Threads DECODE_WARPS side by side have a row of these: what each warp weighs in the block's sum; the highest top and Σ weight · sum.
+__device__ static inline void weigh_warps(BlockSums *sums, int row, float *highest, float *total) {
+    const int w = threadIdx.x % DECODE_WARPS;
+    const float top = sums->top[w][row];
+    *highest = top;
+    for (int step = 1; step < DECODE_WARPS; step *= 2) *highest = fmaxf(*highest, __shfl_xor_sync(~0u, *highest, step));
+    const float weight = power_of_2(top - *highest);
+    *total = weight * sums->sum[w][row];
+    for (int step = 1; step < DECODE_WARPS; step *= 2) *total += __shfl_xor_sync(~0u, *total, step);
+    sums->weight[w][row] = weight;
+}
+// Channels c .. c+3 of a row of the block's sum.
+template <int D, int DV>
+__device__ static inline float4 four_of_block(const BlockSums *sums, const float *outs, int row, int c) {
+    float4 y = make_float4(0, 0, 0, 0);
+    #pragma unroll
+    for (int w = 0; w < DECODE_WARPS; w++) {
+        const float weight = sums->weight[w][row];
+        const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + row) * KeyRing<D, DV>::OUT_ROW + c);
+        y = make_float4(y.x + weight * z.x, y.y + weight * z.y, y.z + weight * z.z, y.w + weight * z.w);
     }
-    __syncthreads();
+    return y;
 }
 
+// Dense attention, or that of two branches, whose lists have splits of their own; with the scores of the compressed one. grid: (row, kv, group of heads), split
 template <int D, int DV>
-__device__ static inline void write_outs(const AttendCall *a, int branch, int second, int bound, int64_t head0, int heads, int share, const BlockSums *sums, const float *outs) {
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < heads * (DV / 4) * (bound < DECODE_WARPS ? 2 : 1); i += DECODE_THREADS) {
-        const int both = i / (DV / 4), part = both >= heads, head = both - part * heads, c = i % (DV / 4) * 4;
-        float4 y = make_float4(0, 0, 0, 0);
-        #pragma unroll
-        for (int w = 0; w < DECODE_WARPS; w++) {
-            if ((w >= bound) != part) continue;
-            const float weight = sums->weight[w][head];
-            const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + head) * KeyRing<D, DV>::OUT_ROW + c);
-            y = make_float4(y.x + weight * z.x, y.y + weight * z.y, y.z + weight * z.z, y.w + weight * z.w);
-        }
-        *(float4 *)(a->parts.out + (parts_of(&a->s, part ? second : branch, head0 + head) + share) * DV + c) = y;
-    }
-}
-
-// Dense attention. grid: (row, kv, group of heads), split
-template <int D, int DV>
-__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_attend_kernel(AttendCall a) {
+__global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_kernel(AttendCall a) {
     extern __shared__ uint4 fast_shared[];
     __shared__ BlockSums sums;
     __shared__ uint4 queries[MMA_ROWS * D / 8];
     const DecodeShape *s = &a.s;
     const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
-    const Stretch stretch = stretch_of(&a.input->of[CACHE_FULL], blockIdx.y);
+    const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
+    const int64_t slots = a.cache.branch[branch].slots, head0 = (int64_t)list * G + g0, row = score_row(slots);
+    const Stretch stretch = stretch_of(&a.input->of[kind], share);
+    float *outs = (float *)fast_shared;
     bf16 *ring = (bf16 *)fast_shared + threadIdx.x / WARP * KeyRing<D, DV>::NUMBERS;
-    const int all = a.input->of[CACHE_FULL].keys;
-    WarpKeys keys = warp_keys<D, DV>(&a, 0, list, all, all - 1, threadIdx.x / WARP, DECODE_WARPS, NULL);
-    keys.first += stretch.from;
-    keys.end = stretch.to;
+    WarpKeys keys = warp_keys<D, DV>(&a, branch, list, stretch, kind == WIN ? (int)(a.input->position % slots) : a.input->of[kind].keys - 1, threadIdx.x / WARP, DECODE_WARPS, NULL, 0);
     let_next_come();
     fetch_first<D, DV>(ring, &keys);
     wait_for_previous();
+    phase(ALONE);
     if (stretch.from >= stretch.to) return;
-    unsigned qs[D / 16][4];
     WarpSums<DV> y;
-    read_queries<D>(qs, queries, &a, list, g0, heads);
-    attend_keys<D, DV>(&y, ring, &keys, qs, NULL, 0, heads);
-    put_sums<D, DV>(&sums, (float *)fast_shared, &y);
-    const int64_t head0 = (int64_t)list * G + g0;
-    write_tops(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums);
-    write_outs<D, DV>(&a, 0, 0, DECODE_WARPS, head0, heads, blockIdx.y, &sums, (const float *)fast_shared);
+    put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0, heads));
+    __syncthreads();
+    attend_keys<D, DV>(&y, ring, &keys, (bf16 *)queries, kind == CMP ? a.scores + head0 * row : NULL, (int)row, heads);
+    phase(ATTENDED);
+    put_sums<D, DV>(&sums, outs, &y);
+    if (threadIdx.x < MMA_ROWS * DECODE_WARPS) {
+        const int head = threadIdx.x / DECODE_WARPS;
+        const int64_t at = parts_of(s, branch, head0 + head) + share;
+        float highest, total;
+        weigh_warps(&sums, head, &highest, &total);
+        if (threadIdx.x % DECODE_WARPS == 0 && head < heads) a.parts.top[at] = highest * (1 / LOG2E), a.parts.sum[at] = total;
+    }
+    __syncthreads();
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < heads * (DV / FOUR); i += DECODE_THREADS) {
+        const int head = i / (DV / FOUR), c = i % (DV / FOUR) * FOUR;
+        *(float4 *)(a.parts.out + (parts_of(s, branch, head0 + head) + share) * DV + c) = four_of_block<D, DV>(&sums, outs, head, c);
+    }
+    phase(TOLD);
 }
 
+// ----------------------------------------------------------------------------
+// Behind it fast_selected_kernel, by teams: a team has a list. A member finds the importance of its share of the blocks, offers the best of them to all others,
+// reads its share of the blocks that are chosen, and tells each member what it has summed up of the heads, a slice of (G,DV), that this one adds up over
+// all branches and members. Nearly all of its code runs once, and comes from memory: fewer instructions are more than fewer steps.
+
+static int listed_candidates(int places, int own) { return max32(DECODE_THREADS, places * (own / CHOICE_GROUPS + 1)); }
+
+// With room for so many blocks of keys; bytes are INT_MAX if they are too many.
+static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
+    const SelectShape *sel = &s->select;
+    const int own = (int)((blocks + team - 1) / team), places = max32(free_places(sel), 0), slice = in_fours((s->G * s->Dv + team - 1) / team);
+    TeamPlan p;
+    p.team = team, p.places = places;
+    p.slice = slice, p.across = min32(slice / FOUR, DECODE_THREADS), p.groups = DECODE_THREADS / p.across;
+    p.per_block = sel->sel_block / sel->cmp_stride, p.pieces = sel->cmp_block / sel->cmp_stride, p.at_once = max32(1, min32(own, CHOICE_WEIGHTS / p.per_block));
+    p.per_slice = 1 / (float)p.slice, p.per_across = 1 / (float)p.across, p.per_key = 1 / (float)sel->sel_block;
+    const int64_t sizes[] = {listed_candidates(places, own) * (int64_t)sizeof(uint64_t), (p.at_once * (int64_t)p.per_block + p.pieces + 2 * FOUR) * (int64_t)sizeof(float), own * (int64_t)sizeof(float), 0,
+                             p.groups * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)s->G * (int64_t)sizeof(float2),
+                             places * MOST_TEAM * (int64_t)sizeof(uint64_t), LETTERS * (int64_t)sizeof(uint64_t), 2 * s->G * (int64_t)sizeof(float), BRANCHES * s->G * (int64_t)sizeof(float)};
+    int none, *at[] = {&none, &p.near, &p.importance, &none, &p.partial, &p.told, &p.tops, &p.offered, &p.arrived, &p.lse, &p.gates};
+    int64_t used = 0;
+    for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
+        if (at[i] == &none && i) used = max64(used, ring_bytes(s->D));      // behind the rings
+        *at[i] = (int)min64(used, INT_MAX);
+        used = round_up(used + sizes[i], (int64_t)sizeof(float4));
+    }
+    p.bytes = (int)min64(used, INT_MAX);
+    return p;
+}
+
+// Where this thread has four numbers of those from i0 to before `to`, which pairs of threads share; those that have none take the last ones again.
+__device__ static inline int last_four(int i0, int to) { return min32(i0 + threadIdx.x / 2 * FOUR, (to - 1) / FOUR * FOUR); }
+
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
-__device__ static inline Stretch touching(int j0, int j1, int visible, const SelectShape *sel) {
-    const int per_block = sel->sel_block / sel->cmp_stride, pieces = sel->cmp_block / sel->cmp_stride;
-    const Stretch x = {j0 * per_block > pieces - 1 ? j0 * per_block - pieces + 1 : 0, j1 * per_block < visible ? j1 * per_block : visible};
+__device__ static inline Stretch touching(int j0, int j1, int visible, const TeamPlan *p) {
+    const Stretch x = {max32(j0 * p->per_block - p->pieces + 1, 0), min32(j1 * p->per_block, visible)};
     return x;
+}
+
+// The log-sum-exp of a branch of a head, in units of log2, from its shares: LSE_THREADS side by side.
+enum { LSE_THREADS = 8 };
+__device__ static inline float lse_of_shares(const Shares *parts, int first, int count) {
+    float highest = NO_TOP, total = 0;
+    #pragma unroll 1
+    for (int n0 = threadIdx.x % LSE_THREADS; n0 < count; n0 += FOUR * LSE_THREADS) {
+        float top[FOUR], sum[FOUR], before = highest;
+        #pragma unroll
+        for (int i = 0; i < FOUR; i++) {
+            const int n = n0 + i * LSE_THREADS;
+            top[i] = n < count ? parts->top[first + n] * LOG2E : NO_TOP;
+            sum[i] = n < count ? parts->sum[first + n] : 0;
+        }
+        for (int i = 0; i < FOUR; i++) highest = fmaxf(highest, top[i]);
+        total *= power_of_2(before - highest);
+        for (int i = 0; i < FOUR; i++) total += sum[i] * power_of_2(top[i] - highest);
+    }
+    float before = highest;
+    for (int step = 1; step < LSE_THREADS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+    total *= power_of_2(before - highest);
+    for (int step = 1; step < LSE_THREADS; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    return highest + log2f(total);
+}
+
+// Scores of four neighbouring compressed blocks for every other of MMA_ROWS heads from g0 on; what their heads add to eq. 10.
+typedef struct FourScores { float4 of[MMA_ROWS / 2]; } FourScores;
+__device__ static inline FourScores ask_scores(const float *scores, int row, int i, int g0, int G) {
+    FourScores x;
+    #pragma unroll
+    for (int n = 0; n < MMA_ROWS / 2; n++) x.of[n] = *(const float4 *)(scores + (int64_t)min32(g0 + 2 * n, G - 1) * row + i);
+    return x;
+}
+__device__ static inline void add_weights(float4 *sum, const FourScores &x, const float *lse, int g0, int G) {
+    #pragma unroll
+    for (int n = 0; n < MMA_ROWS / 2; n++) {
+        const float less = g0 + 2 * n < G ? lse[g0 + 2 * n] : INFINITY;
+        *sum = make_float4(sum->x + power_of_2(x.of[n].x - less), sum->y + power_of_2(x.of[n].y - less), sum->z + power_of_2(x.of[n].z - less), sum->w + power_of_2(x.of[n].w - less));
+    }
 }
 
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.
 __device__ static inline uint64_t candidate(int j, float importance) { return (uint64_t)__float_as_uint(importance) << 32 | (uint32_t)~j; }
 __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_t)x; }
 
-// What a share of a head weighs, exp(top - highest top); the highest top, and Σ weight · sum. MOST_TEAM threads side by side have a head's shares.
-__device__ static inline float weigh_share(float *highest, float *total, const Shares *parts, int64_t first, int count) {
-    const int n = threadIdx.x % MOST_TEAM;
-    const float top = n < count ? parts->top[first + n] : NO_TOP, sum = n < count ? parts->sum[first + n] : 0;
-    *highest = top;
-    for (int step = 1; step < MOST_TEAM; step *= 2) *highest = fmaxf(*highest, __shfl_xor_sync(~0u, *highest, step));
-    const float weight = expf(top - *highest);
-    *total = weight * sum;
-    for (int step = 1; step < MOST_TEAM; step *= 2) *total += __shfl_xor_sync(~0u, *total, step);
-    return weight;
-}
-
-// A member of a team finds the importance of its share of the blocks that there are to choose of, from all members' scores, and lets all know it:
-// importance (blocks) and memory are shared memory.
-__device__ static inline void weigh_blocks(float *importance, float *memory, const AttendCall *a, const float *scores, int row, int list, int visible, int blocks, int member, int team) {
-    const SelectShape *sel = &a->s.select;
-    const int G = a->s.G, last = blocks - sel->n_local, each = (last - sel->n_init + team - 1) / team, most = choice_blocks(sel);
-    const int first = sel->n_init + member * each, end = min32(first + each, last);
-    float *lse = memory, *near = memory + in_fours(G);
-    #pragma unroll 1
-    for (int g0 = 0; g0 < G; g0 += DECODE_THREADS / MOST_TEAM) {
-        const int g = g0 + threadIdx.x / MOST_TEAM;
-        float highest, total;
-        weigh_share(&highest, &total, &a->parts, parts_of(&a->s, CMP, (int64_t)list * G + min32(g, G - 1)), team);
-        if (g < G) lse[g] = highest * LOG2E + log2f(total);
-    }
-    __syncthreads();
-    #pragma unroll 1
-    for (int j0 = first; j0 < end; j0 += most) {
-        const int j1 = min32(j0 + most, end);
-        const Stretch x = touching(j0, j1, visible, sel);
-        const int from = x.from / FOUR * FOUR;
-        #pragma unroll 1
-        for (int i0 = from; i0 < x.to; i0 += DECODE_THREADS / 2 * FOUR) {
-            const int i = min32(i0 + threadIdx.x / 2 * FOUR, (x.to - 1) / FOUR * FOUR);     // those behind do the last ones again
-            float4 sum = make_float4(0, 0, 0, 0);      // group_weight of four, of which a thread has every other head
-            #pragma unroll 1
-            for (int g0 = threadIdx.x % 2; g0 < in_fours(G); g0 += MMA_ROWS) {
-                float4 score[MMA_ROWS / 2];
-                #pragma unroll
-                for (int n = 0; n < MMA_ROWS / 2; n++) score[n] = *(const float4 *)(scores + (int64_t)min32(g0 + 2 * n, G - 1) * row + i);
-                #pragma unroll
-                for (int n = 0; n < MMA_ROWS / 2; n++) {
-                    const float less = g0 + 2 * n < G ? lse[g0 + 2 * n] : INFINITY;
-                    sum = make_float4(sum.x + power_of_2(score[n].x - less), sum.y + power_of_2(score[n].y - less), sum.z + power_of_2(score[n].z - less), sum.w + power_of_2(score[n].w - less));
-                }
-            }
-            *(float4 *)(near + i - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
-                                                       sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
-        }
-        __syncthreads();
-        #pragma unroll 1
-        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) {
-            const float y = comparable(importance_of(near - from, j, visible, sel));
-            #pragma unroll 1
-            for (int m = 0; m < team; m++) *of_member(importance + j, m) = y;
-        }
-        __syncthreads();
-    }
-}
-
-// idx (n): the blocks that this token reads of `blocks`, those at the end of the text last, from their importance. DECODE_THREADS threads; all in
-// shared memory. The candidates are dealt out to groups of threads. At most `places` groups have a best one as high as the places-th of the
-// groups' bests, and nobody else has a candidate to take: these few are ranked against each other.
-__device__ static inline void choose_quickly(int *idx, uint64_t *list, const float *importance, int blocks, const SelectShape *sel) {
+// list: the candidates among which the `places` best of blocks first .. first+own-1 are, from their importance (own); returns how many. Where they are many they are
+// dealt out to groups of threads: at most `places` groups have a best one as high as the places-th of the groups' bests, and nobody else has one to take.
+__device__ static inline int list_candidates(uint64_t *list, const float *importance, int first, int own, int places) {
     __shared__ uint64_t best[CHOICE_GROUPS], least;
     __shared__ int count;
-    const int last = blocks - sel->n_local, places = free_places(sel);
-    const int group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS, first = sel->n_init + group + member * CHOICE_GROUPS;
+    if (own <= DECODE_THREADS) {
+        if ((int)threadIdx.x < own) list[threadIdx.x] = candidate(first + threadIdx.x, importance[threadIdx.x]);
+        __syncthreads();
+        return own;
+    }
+    const int group = threadIdx.x / CHOICE_MEMBERS, member = threadIdx.x % CHOICE_MEMBERS, begin = group + member * CHOICE_GROUPS;
     uint64_t mine = 0;
     #pragma unroll 1
-    for (int j = first; j < last; j += DECODE_THREADS) {
-        const uint64_t x = candidate(j, importance[j]);
+    for (int j = begin; j < own; j += DECODE_THREADS) {
+        const uint64_t x = candidate(first + j, importance[j]);
         if (x > mine) mine = x;
     }
     for (int step = 1; step < CHOICE_MEMBERS; step *= 2) {
@@ -1422,148 +1485,237 @@ __device__ static inline void choose_quickly(int *idx, uint64_t *list, const flo
     __syncthreads();
     if (higher < places)
         #pragma unroll 1
-        for (int j = first; j < last; j += DECODE_THREADS) {
-            const uint64_t x = candidate(j, importance[j]);
+        for (int j = begin; j < own; j += DECODE_THREADS) {
+            const uint64_t x = candidate(first + j, importance[j]);
             if (x >= least) list[atomicAdd(&count, 1)] = x;     // in any order: what follows does not depend on it
         }
     __syncthreads();
+    return count;
+}
+
+// best (places): the highest of a list in order, as many as there are. Threads side by side share a candidate.
+__device__ static inline void sort_best(uint64_t *best, const uint64_t *list, int count, int places) {
+    int across = 1;
+    while (across < WARP && 2 * across * count <= DECODE_THREADS) across *= 2;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += DECODE_THREADS) {
-        int rank = 0;
+    for (int i0 = 0; i0 < count; i0 += DECODE_THREADS / across) {
+        const int i = i0 + threadIdx.x / across;
+        const uint64_t x = i < count ? list[i] : ~(uint64_t)0;
+        int rank = i < count ? 0 : places;
         #pragma unroll 4
-        for (int other = 0; other < count; other++) rank += list[other] > list[i];
-        if (rank < places) idx[sel->n_init + rank] = candidate_index(list[i]);
+        for (int other = threadIdx.x % across; other < count; other += across) rank += list[other] > x;
+        for (int step = 1; step < across; step *= 2) rank += __shfl_xor_sync(~0u, rank, step);
+        if (threadIdx.x % across == 0 && rank < places) best[rank] = x;
     }
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < sel->n; i += DECODE_THREADS)
-        if (i < sel->n_init || i >= sel->n - sel->n_local) idx[i] = i < sel->n_init ? i : last + i - (sel->n - sel->n_local);
-    __syncthreads();
 }
 
-// So many of a block's warps have the window's keys, the others compressed ones: as even as it goes.
-__device__ static inline int window_warps(int cmp, int win) {
-    const int window = (win + TILE_KEYS - 1) / TILE_KEYS, all = window + (cmp + TILE_KEYS - 1) / TILE_KEYS;
-    return all == window ? (int)DECODE_WARPS : max32(1, min32((DECODE_WARPS * window + all / 2) / all, DECODE_WARPS - 1));
-}
-
-// A member's slice of out (G,Dv) of a list = Σ_branch gate · attention, from all shares. memory: shared memory. A thread takes four neighbouring
-// channels of every so-manieth share.
-template <int DV>
-__device__ static inline void merge_slice(const AttendCall *a, int list, int member, int team, float4 *memory) {
-    const DecodeShape *s = &a->s;
-    const int numbers = s->G * DV, each = in_fours((numbers + team - 1) / team), begin = member * each, end = min32(begin + each, numbers);
-    const int head0 = begin / DV, rows = begin < end ? ((end - 1) / DV - head0 + 1) * BRANCHES : 0;
-    float *factor = (float *)(memory + DECODE_THREADS);       // (heads of the slice,BRANCHES,MOST_TEAM)
+// chosen (places): the blocks of the highest of all that members have offered, (places,MOST_TEAM), each in order: where a place has nothing that is higher, no place behind it has.
+__device__ static inline void choose_offered(int *chosen, const uint64_t *offered, int places, int team) {
     #pragma unroll 1
-    for (int r0 = 0; r0 < rows; r0 += DECODE_THREADS / MOST_TEAM) {
-        const int r = min32(r0 + threadIdx.x / MOST_TEAM, rows - 1), branch = r % BRANCHES;
-        const int64_t head = (int64_t)list * s->G + head0 + r / BRANCHES;
-        const float gate = a->gates[head * BRANCHES + branch];
-        float highest, total;
-        const float weight = weigh_share(&highest, &total, &a->parts, parts_of(s, branch, head), team);
-        factor[r * MOST_TEAM + threadIdx.x % MOST_TEAM] = total > 0 ? gate * weight / total : 0;
-    }
-    __syncthreads();
-    const int columns = (end - begin) / FOUR, across = max32(1, min32(columns, DECODE_THREADS)), groups = DECODE_THREADS / across, group = threadIdx.x / across;
-    #pragma unroll 1
-    for (int c0 = 0; c0 < columns; c0 += across) {
-        const int at = begin + (c0 + threadIdx.x % across) * FOUR, g = at / DV, c = at % DV;
-        float4 y = make_float4(0, 0, 0, 0);
-        if (at < end && group < groups) {
-            #pragma unroll
-            for (int branch = 0; branch < BRANCHES; branch++) {
-                const float *from = a->parts.out + parts_of(s, branch, (int64_t)list * s->G + g) * DV + c, *factors = factor + ((g - head0) * BRANCHES + branch) * MOST_TEAM;
-                #pragma unroll 2
-                for (int n = group; n < team; n += groups) {
-                    const float4 z = *(const float4 *)(from + n * DV);
-                    y = make_float4(y.x + factors[n] * z.x, y.y + factors[n] * z.y, y.z + factors[n] * z.z, y.w + factors[n] * z.w);
-                }
-            }
+    for (int i = threadIdx.x; i < places * MOST_TEAM; i += DECODE_THREADS) {
+        const int there = i % MOST_TEAM < team;
+        const uint64_t x = there ? offered[i] : 0;
+        int rank = there ? 0 : places;
+        #pragma unroll 1
+        for (int place = 0; place < places; place++) {
+            int higher = 0;
+            #pragma unroll 4
+            for (int m = 0; m < team; m++) higher += offered[place * MOST_TEAM + m] > x;
+            rank += higher;
+            if (!higher || rank >= places) break;
         }
-        memory[threadIdx.x] = y;
-        __syncthreads();
-        if (at < end && group == 0) {
+        if (rank < places) chosen[rank] = candidate_index(x);
+    }
+}
+
+// The importance of a member's share of the blocks that there are to choose of, [first, first+own), from the scores of the compressed branch, of which `asked` are the
+// first; its best are offered to all members.
+__device__ static inline void offer_blocks(char *memory, const TeamPlan *p, const AttendCall *a, const FourScores &asked, const float *scores, int row, int first, int own, int visible, int member) {
+    __shared__ uint64_t best[CHOICE_GROUPS];
+    const int G = a->s.G;
+    const float *lse = (const float *)(memory + p->lse);
+    uint64_t *list = (uint64_t *)memory, *offered = (uint64_t *)(memory + p->offered), *arrived = (uint64_t *)(memory + p->arrived);
+    float *near = (float *)(memory + p->near), *importance = (float *)(memory + p->importance);
+    if (threadIdx.x < CHOICE_GROUPS) best[threadIdx.x] = 0;
+    #pragma unroll 1
+    for (int j0 = first; j0 < first + own; j0 += p->at_once) {
+        const int j1 = min32(j0 + p->at_once, first + own);
+        const Stretch x = touching(j0, j1, visible, p);
+        const int from = x.from / FOUR * FOUR;
+        #pragma unroll 1
+        for (int i0 = from; i0 < x.to; i0 += DECODE_THREADS / 2 * FOUR) {
+            const int i = last_four(i0, x.to), odd = threadIdx.x % 2;
+            FourScores four = asked;
+            float4 sum = make_float4(0, 0, 0, 0);
             #pragma unroll 1
-            for (int i = 1; i < groups; i++) {
-                const float4 z = memory[i * across + threadIdx.x];
-                y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
+            for (int g0 = odd; g0 < G + odd; g0 += MMA_ROWS) {
+                if (j0 > first || i0 > from || g0 > odd) four = ask_scores(scores, row, i, g0, G);
+                add_weights(&sum, four, lse, g0, G);
             }
-            *(float4 *)(a->out + (int64_t)list * numbers + at) = y;
+            *(float4 *)(near + i - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
+                                                       sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
         }
         __syncthreads();
+        #pragma unroll 1
+        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j - first] = comparable(importance_of(near - from, j, visible, p->pieces, p->per_block));
+        __syncthreads();
+    }
+    phase(WEIGHED);
+    if (own > 0) sort_best(best, list, list_candidates(list, importance, first, own, p->places), p->places);
+    __syncthreads();
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < p->places * MOST_TEAM; i += DECODE_THREADS)
+        if (i % MOST_TEAM < p->team) tell(offered + i / MOST_TEAM * MOST_TEAM + member, best[i / MOST_TEAM], arrived + OFFERED, i % MOST_TEAM);
+}
+
+// partial (groups,slice): of numbers [begin, end) of (G,DV) of a list, Σ gate · attention over the branches before. A thread takes four neighbouring channels of every
+// so-manieth share.
+template <int DV>
+__device__ static inline void merge_first(char *memory, const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
+    const DecodeShape *s = &a->s;
+    const float *lses = (const float *)(memory + p->lse), *gates = (const float *)(memory + p->gates);
+    const int group = quotient(threadIdx.x, p->per_across), compressed = a->input->of[CMP].splits, all = compressed + a->input->of[WIN].splits;
+    #pragma unroll 1
+    for (int i = (threadIdx.x - group * p->across) * FOUR; begin + i < end && group < p->groups; i += p->across * FOUR) {
+        const int g = (begin + i) / DV, c = (begin + i) % DV, head = list * s->G + g, cmp = (int)parts_of(s, CMP, head), win = (int)parts_of(s, WIN, head) - compressed;
+        float4 y = make_float4(0, 0, 0, 0);
+        #pragma unroll 4
+        for (int n = group; n < all; n += p->groups) {
+            const int second = n >= compressed, part = (second ? win : cmp) + n;
+            const float4 z = *(const float4 *)(a->parts.out + (int64_t)part * DV + c);
+            const float factor = gates[g * BRANCHES + (second ? WIN : CMP)] * power_of_2(a->parts.top[part] * LOG2E - lses[second * s->G + g]);
+            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+        }
+        *(float4 *)((float *)(memory + p->partial) + group * p->slice + i) = y;
     }
 }
 
-// All of a layer's sparse attention. A team has a list: its members share the keys of each branch, and what one has found out the others
-// read, from memory or their own shared memory, behind a barrier of the team. grid: list, member
+// out = that and the selection branch, as all members have told it.
+template <int DV>
+__device__ static inline void merge_told(char *memory, const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
+    const int G = a->s.G, head0 = begin / DV, heads = begin < end ? (end - 1) / DV - head0 + 1 : 0;
+    const float *gates = (const float *)(memory + p->gates), *partial = (const float *)(memory + p->partial), *told = (const float *)(memory + p->told);
+    float2 *tops = (float2 *)(memory + p->tops);        // top becomes what a member's sums are multiplied by
+    #pragma unroll 1
+    for (int r0 = 0; r0 < heads; r0 += DECODE_THREADS / MOST_TEAM) {
+        const int r = r0 + threadIdx.x / MOST_TEAM, g = head0 + min32(r, heads - 1), n = threadIdx.x % MOST_TEAM;
+        const float2 none = {NO_TOP, 0}, x = n < p->team ? tops[n * G + g] : none;
+        float highest = x.x;
+        for (int step = 1; step < MOST_TEAM; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+        const float weight = power_of_2(x.x - highest);
+        float total = weight * x.y;
+        for (int step = 1; step < MOST_TEAM; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+        if (n < p->team && r < heads) tops[n * G + g].x = gates[g * BRANCHES + SLC] * weight / total;
+    }
+    __syncthreads();
+    #pragma unroll 1
+    for (int i = threadIdx.x * FOUR; begin + i < end; i += DECODE_THREADS * FOUR) {
+        const int g = (begin + i) / DV;
+        float4 y = make_float4(0, 0, 0, 0);
+        #pragma unroll 4
+        for (int n = 0; n < p->groups; n++) {
+            const float4 z = *(const float4 *)(partial + n * p->slice + i);
+            y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
+        }
+        #pragma unroll 4
+        for (int n = 0; n < p->team; n++) {
+            const float factor = tops[n * G + g].x;
+            const float4 z = *(const float4 *)(told + n * p->slice + i);
+            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+        }
+        *(float4 *)(a->out + (int64_t)list * G * DV + begin + i) = y;
+    }
+}
+
+// The choice, the selection branch and the sum of the branches. grid: list, member
 template <int D, int DV>
-__global__ void __launch_bounds__(DECODE_THREADS, D == 64 ? 2 : 1) fast_sparse_kernel(AttendCall a) {
+__global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selected_kernel(AttendCall a, TeamPlan p) {
     extern __shared__ uint4 fast_shared[];
     __shared__ BlockSums sums;
     __shared__ uint4 queries[MMA_ROWS * D / 8];
     __shared__ int chosen[CHOICE_GROUPS];
-    let_next_come();
     const DecodeShape *s = &a.s;
-    const int position = (int)a.input->position, visible = a.input->of[CMP].keys, window = a.input->of[WIN].keys, selected = a.input->of[SLC].keys;
-    const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = gridDim.y, warp = threadIdx.x / WARP;
-    const int first_window = DECODE_WARPS - window_warps(visible, window), in_window = warp >= first_window;
-    const int row = (int)score_row(a.cache.branch[CMP].slots), blocks = position / s->select.sel_block + 1;
-    float *outs = (float *)fast_shared, *importance = outs + KeyRing<D, DV>::OUTS / sizeof(float), *scores = a.scores + (int64_t)list * G * row;
+    const SelectShape *sel = &s->select;
+    char *memory = (char *)fast_shared;
+    const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = p.team, warp = threadIdx.x / WARP, row = (int)score_row(a.cache.branch[CMP].slots), head0 = list * G;
+    const int begin = min32(member * p.slice, G * DV), end = min32(begin + p.slice, G * DV);
+    const int bytes[LETTERS] = {team * p.places * (int)sizeof(uint64_t), team * ((end - begin) * (int)sizeof(float) + G * (int)sizeof(float2))};
+    uint64_t *arrived = (uint64_t *)(memory + p.arrived);
+    team_begin(arrived, bytes);
+    const int blocks = a.input->blocks, each = a.input->own, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
+    const float *scores = a.scores + (int64_t)head0 * row;
+    float *outs = (float *)fast_shared;
     bf16 *ring = (bf16 *)fast_shared + warp * KeyRing<D, DV>::NUMBERS;
-    unsigned qs[D / 16][4];
-    WarpSums<DV> y;
-    WarpKeys keys = in_window ? warp_keys<D, DV>(&a, WIN, list, window, position % (int)a.cache.branch[WIN].slots, (warp - first_window) * team + member, (DECODE_WARPS - first_window) * team, NULL)
-                              : warp_keys<D, DV>(&a, CMP, list, visible, visible - 1, warp * team + member, first_window * team, NULL);
-    phase(BEGUN);
-    fetch_first<D, DV>(ring, &keys);
-    phase(ASKED);
     wait_for_previous();
-    phase(ALONE);
+    phase(NEXT_ALONE);
 
-    // First the compressed branch and the window, then the selection branch
-    #pragma unroll 1
-    for (int second = 0; second < 2; second++) {
-        const int choice = blocks > s->select.n;
-        if (second) {
-            if (choice) {
-                team_wait();
-                __syncthreads();        // nobody in this block reads sums any more
-                phase(MET);
-                weigh_blocks(importance, (float *)fast_shared, &a, scores, row, list, visible, blocks, member, team);
-                phase(WEIGHED);
-                team_barrier();
-                phase(MET_AGAIN);
-                choose_quickly(chosen, (uint64_t *)fast_shared, importance, blocks, &s->select);
-            } else {
-                for (int j = threadIdx.x; j < blocks; j += DECODE_THREADS) chosen[j] = j;
-                __syncthreads();
-            }
-            phase(CHOSEN);
-            keys = warp_keys<D, DV>(&a, SLC, list, selected, -1, warp * team + member, DECODE_WARPS * team, chosen);
-        }
-        const int branch = second ? SLC : CMP, bound = second ? (int)DECODE_WARPS : first_window;
-        #pragma unroll 1
-        for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
-            const int heads = min32(MMA_ROWS, G - g0);
-            const int64_t head0 = (int64_t)list * G + g0;
-            if (!second || G > MMA_ROWS) read_queries<D>(qs, queries, &a, list, g0, heads);
-            if (!second) phase(QUERIES);
-            attend_keys<D, DV>(&y, ring, &keys, qs, second || in_window ? NULL : scores + (int64_t)g0 * row, row, heads);
-            phase(second ? ATTENDED_CHOSEN : ATTENDED);
-            keys.asked = 0;         // other heads meet the same keys once more
-            put_sums<D, DV>(&sums, outs, &y);
-            const int last = !second && choice && g0 + MMA_ROWS >= G;
-            if (last)       // here keys have come by cp.async and others will write: racecheck sees an order only between ordinary writes
-                for (int j = threadIdx.x; j < blocks; j += DECODE_THREADS) importance[j] = 0;
-            write_tops(&a, branch, WIN, bound, head0, heads, member, &sums);
-            if (last) team_arrive();        // what the choice needs is there
-            write_outs<D, DV>(&a, branch, WIN, bound, head0, heads, member, &sums, outs);
-            phase(second ? TOLD_AGAIN : TOLD);
-        }
+    // All that is known by now is asked for at once
+    FourScores asked = {};
+    if (own > 0 && each > 0) {
+        const Stretch x = touching(first, first + min32(own, p.at_once), visible, &p);
+        asked = ask_scores(scores, row, last_four(x.from / FOUR * FOUR, x.to), threadIdx.x % 2, G);
     }
-    team_barrier();
-    phase(MET_LAST);
-    merge_slice<DV>(&a, list, member, team, (float4 *)fast_shared);
+    AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = a.gates[head0 * BRANCHES + i];
+    #pragma unroll 1
+    for (int r0 = 0; r0 < 2 * G; r0 += DECODE_THREADS / LSE_THREADS) {
+        const int r = min32(r0 + threadIdx.x / LSE_THREADS, 2 * G - 1), second = r >= G, branch = second ? WIN : CMP;
+        const float lse = lse_of_shares(&a.parts, (int)parts_of(s, branch, head0 + r - second * G), a.input->of[branch].splits);
+        if (threadIdx.x % LSE_THREADS == 0) ((float *)(memory + p.lse))[r] = lse;
+    }
+    put_queries<D>((bf16 *)queries, q);
+    __syncthreads();
+    phase(KNOWN);
+
+    team_there();
+    if (each) {
+        offer_blocks(memory, &p, &a, asked, scores, row, first, own, visible, member);
+        told(arrived + OFFERED);
+        phase(MET);
+        choose_offered(chosen + sel->n_init, (const uint64_t *)(memory + p.offered), p.places, team);
+        if (threadIdx.x < sel->n_init) chosen[threadIdx.x] = threadIdx.x;
+        if (threadIdx.x < sel->n_local) chosen[sel->n - sel->n_local + threadIdx.x] = last + threadIdx.x;
+    } else if (threadIdx.x < blocks) {
+        chosen[threadIdx.x] = threadIdx.x;
+    }
+    __syncthreads();
+    phase(CHOSEN);
+    const Stretch all = {0, a.input->of[SLC].keys};
+    WarpKeys keys = warp_keys<D, DV>(&a, SLC, list, all, -1, warp * team + member, DECODE_WARPS * team, chosen, p.per_key);
+    if (G <= MMA_ROWS) fetch_first<D, DV>(ring, &keys);
+    merge_first<DV>(memory, &p, &a, list, begin, end);
+    phase(MERGED_FIRST);
+    #pragma unroll 1
+    for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
+        const int heads = min32(MMA_ROWS, G - g0);
+        WarpSums<DV> y;
+        if (g0) {
+            put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0 + g0, heads));
+            __syncthreads();
+        }
+        attend_keys<D, DV>(&y, ring, &keys, (bf16 *)queries, NULL, 0, heads);
+        phase(ATTENDED_CHOSEN);
+        put_sums<D, DV>(&sums, outs, &y);
+        if (threadIdx.x < MMA_ROWS * DECODE_WARPS) {
+            const int head = threadIdx.x / DECODE_WARPS;
+            float2 x;
+            weigh_warps(&sums, head, &x.x, &x.y);
+            #pragma unroll 1
+            for (int n = threadIdx.x % DECODE_WARPS; n < team && head < heads; n += DECODE_WARPS) tell((float2 *)(memory + p.tops) + member * G + g0 + head, x, arrived + SUMMED, n);
+        }
+        __syncthreads();
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < heads * (DV / FOUR); i += DECODE_THREADS) {
+            const int at = g0 * DV + i * FOUR, of = quotient(at, p.per_slice);
+            tell((float4 *)((float *)(memory + p.told) + (member - of) * p.slice + at), four_of_block<D, DV>(&sums, outs, i / (DV / FOUR), i % (DV / FOUR) * FOUR), arrived + SUMMED, of);
+        }
+        __syncthreads();            // before other keys take the sums' place
+    }
+    phase(TOLD_AGAIN);
+    told(arrived + SUMMED);
+    phase(MET_AGAIN);
+    merge_told<DV>(memory, &p, &a, list, begin, end);
     phase(MERGED);
 }
 
@@ -1706,17 +1858,16 @@ __global__ void expert_down_kernel(Experts<F> a) {
 
 static int completes_block(const Config *c, int64_t t) { return compressed_seen(t, c->cmp_block, c->cmp_stride) > compressed_seen(t - 1, c->cmp_block, c->cmp_stride); }
 
-// What token t reads of one list, behind `before` keys of others, if all that its launch reads is `all` keys.
-static Reading reading(const Working *w, int64_t keys, int64_t before, int64_t all) {
-    const int64_t least = w->fast ? DECODE_WARPS * TILE_KEYS : WARP, share = max64(least, round_up((all + w->splits - 1) / w->splits, TILE_KEYS)), first = before / share;
-    const Reading r = {(int)keys, (int)before, (int)share, (int)first, keys ? (int)((before + keys - 1) / share - first + 1) : 0};
-    return r;
-}
-
-// The same in sparse attention of the fast tier, whose team has tiles of every list dealt out to it.
-static Reading dealt_out(const Working *w, int64_t keys) {
-    const Reading r = {(int)keys, 0, 0, 0, (int)min64(w->team, (keys + TILE_KEYS - 1) / TILE_KEYS)};
-    return r;
+// What token t reads of one list, or of two, of which each has its own of the splits; all take equal shares, as small as that goes.
+static void plan_lists(const Working *w, Reading *x, int64_t x_keys, Reading *y, int64_t y_keys) {
+    int64_t share = y ? x_keys + y_keys : (x_keys + w->splits - 1) / w->splits;
+    for (int n = 1; n < w->splits && y; n++) share = min64(share, max64((x_keys + n - 1) / n, (y_keys + w->splits - n - 1) / (w->splits - n)));
+    share = round_up(max64(share, w->fast ? DECODE_WARPS * TILE_KEYS : WARP), TILE_KEYS);
+    const Reading first = {(int)x_keys, (int)share, 0, (int)((x_keys + share - 1) / share)};
+    *x = first;
+    if (!y) return;
+    const Reading second = {(int)y_keys, (int)share, first.splits, (int)((y_keys + share - 1) / share)};
+    *y = second;
 }
 
 static void plan_token(Decoder *d, const int *tokens) {
@@ -1726,10 +1877,11 @@ static void plan_token(Decoder *d, const int *tokens) {
     const int64_t t = d->length, own = t / max64(c->sel_block, 1), cmp = compressed_seen(t, c->cmp_block, c->cmp_stride), win = min64(t + 1, c->window);
     const int64_t slc = own < c->sel_blocks ? t + 1 : (c->sel_blocks - 1) * (int64_t)c->sel_block + t % c->sel_block + 1;
     in->position = t;
-    in->of[CMP] = w->fast ? dealt_out(w, cmp) : reading(w, cmp, 0, cmp + win);
-    in->of[WIN] = w->fast ? dealt_out(w, win) : reading(w, win, cmp, cmp + win);
-    in->of[SLC] = w->fast ? dealt_out(w, slc) : reading(w, slc, 0, slc);
-    in->of[CACHE_FULL] = reading(w, t + 1, 0, t + 1);
+    in->blocks = (int)own + 1;
+    in->own = has_nsa(c) && own >= c->sel_blocks ? (int)(own + 1 - c->sel_init_blocks - c->sel_local_blocks + w->team - 1) / max32(w->team, 1) : 0;
+    plan_lists(w, &in->of[CMP], cmp, &in->of[WIN], win);
+    plan_lists(w, &in->of[SLC], slc, NULL, 0);
+    plan_lists(w, &in->of[CACHE_FULL], t + 1, NULL, 0);
     memcpy(in->tokens, tokens, (size_t)d->rows * sizeof(int));
 }
 
@@ -1737,7 +1889,8 @@ static size_t input_bytes(const Decoder *d) { return sizeof(Input) + (size_t)d->
 
 typedef void FastKernel(AttendCall);
 static FastKernel *dense_kernel_of(int D) { return D == 64 ? fast_attend_kernel<64, 64> : D == 128 ? fast_attend_kernel<128, 128> : fast_attend_kernel<192, 128>; }
-static FastKernel *sparse_kernel_of(int D) { return D == 64 ? fast_sparse_kernel<64, 64> : D == 128 ? fast_sparse_kernel<128, 128> : fast_sparse_kernel<192, 128>; }
+typedef void SelectedKernel(AttendCall, TeamPlan);
+static SelectedKernel *selected_kernel_of(int D) { return D == 64 ? fast_selected_kernel<64, 64> : D == 128 ? fast_selected_kernel<128, 128> : fast_selected_kernel<192, 128>; }
 
 // Every head meets the keys of one list, or of two.
 template <typename F>
@@ -1776,7 +1929,7 @@ static void compress_step(Decoder *d, int layer) {
 static AttendCall attend_call(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
     const Working *w = d->work;
-    const AttendCall a = {w->wide, wide_row(c, layer).size, w->device_input, d->layers[layer], w->block_idx,
+    const AttendCall a = {w->wide, wide_row(c, layer).size, w->queries, w->device_input, d->layers[layer], w->block_idx,
                           w->scores, w->parts, w->gates, w->attention, decode_shape(d, layer), {NO_LIST, NO_LIST}};
     return a;
 }
@@ -1802,14 +1955,14 @@ static void decode_branches(Decoder *d, int layer, int completes) {
     const Working *w = d->work;
     const AttendCall a = attend_call(d, layer);
     if (completes && !a.s.full) compress_step<F>(d, layer);
-    if (w->fast && !a.s.full) {
-        launch_teams(w->stream, sparse_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->team), DECODE_THREADS, ring_bytes(a.s.D), w->team, a);
-        return;
-    }
     if (a.s.full) {
         launch_attend<F>(w, a, CACHE_FULL, NO_LIST);
     } else {
         launch_attend<F>(w, a, CMP, WIN);
+        if (w->fast) {
+            launch_teams(w->stream, selected_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->team), DECODE_THREADS, w->plan.bytes, w->team, a, w->plan);
+            return;
+        }
         launch_choice(d, layer);
         launch_attend<F>(w, a, SLC, NO_LIST);
     }
@@ -1826,7 +1979,7 @@ static void decode_attention(Decoder *d, int layer, int completes) {
     const WideRow row = wide_row(c, layer);
     Working *a = d->work;
     const int64_t rows = d->rows, C = c->hidden_size;
-    const TokenCall token = {a->wide, a->gates, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, d->layers[layer], s, c->gate};
+    const TokenCall token = {a->wide, a->gates, a->fast ? a->queries : NULL, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, d->layers[layer], s, c->gate};
     linear(a->stream, a->wide, NULL, w->norm1, c->rms_norm_eps, a->x, matrix<F>(g, w->wide), rows, C, row.size, 0);
     launch(a->stream, token_kernel<F>, (unsigned)rows, THREADS, 0, token);
     decode_branches<F>(d, layer, completes);
@@ -1922,6 +2075,7 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
     carve(m, &w->mid, rows * C);
     carve(m, &w->wide, rows * wide);
     carve(m, &w->gates, rows * H * BRANCHES);
+    carve(m, &w->queries, w->fast * rows * H * D);
     for (int v = 0; v < 2; v++) {
         carve(m, (char **)&w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D) * cache_number(c));
         carve(m, (char **)&w->hidden[v], nsa * lists * 2 * (v ? Dv : D) * cache_number(c));
@@ -1953,37 +2107,56 @@ static int choose_splits(int64_t lists, int64_t slots) {
     return best;
 }
 
-// Blocks of threads that fit on the GPU at the same time.
-static int64_t blocks_at_once(const Config *c) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(c->head_dim)) * gpu.multiProcessorCount; }
+// Kernels that share a multiprocessor must have divided its memory alike, between the cache and what is shared: else one waits for the other's end.
+template <typename Kernel>
+static void allow_rings(Kernel *kernel, int64_t bytes) {
+    allow_shared(kernel, bytes, FAST_NAME, FAST_FIX);
+    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
 
-// How large a team is: a power of two.
-static int choose_team(const Config *c, int64_t lists) {
-    FastKernel *kernel = sparse_kernel_of(c->head_dim);
+// Blocks of threads that fit on the GPU at the same time.
+static int64_t blocks_at_once(int D) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(D)) * gpu.multiProcessorCount; }
+
+// How large a team is: a power of two; 0: none fits.
+static int choose_team(const DecodeShape *s, int64_t blocks) {
+    SelectedKernel *kernel = selected_kernel_of(s->D);
     cudaFuncAttributes compiled;
-    int best = 1;
-    double least = time_of_shares(lists, blocks_at_once(c), 1, TEAM_COST);
-    allow_shared(kernel, ring_bytes(c->head_dim), FAST_NAME, FAST_FIX);
+    int best = 0;
+    double least = INFINITY;
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
-    if (gpu.major < 9 || compiled.ptxVersion < 90) return 1;        // this GPU, or the code for it, has no clusters
-    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    for (int team = 2; team <= MOST_TEAM; team *= 2) {
+    const int clusters = gpu.major >= 9 && compiled.ptxVersion >= 90;       // this GPU has them, and the code for it
+    const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes;
+    if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
+        const int64_t bytes = plan_team(s, blocks, team).bytes, lists = (int64_t)s->rows * s->KV;
+        if (bytes > room) continue;
+        allow_rings(kernel, bytes);
         cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, ring_bytes(c->head_dim), team);
+        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, bytes, team);
         int at_once = 0;
-        if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) (void)cudaGetLastError();   // none so large
+        if (team == 1) at_once = (int)blocks_at_once(s->D);
+        else if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) (void)cudaGetLastError();   // none so large
         if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = team;
     }
+    if (best) allow_rings(kernel, plan_team(s, blocks, best).bytes);
     return best;
 }
 
-// What follows from the shape, the number of texts and the room for them.
+// What follows from the shape, the number of texts and the room for them. The fast tier is for a model that training's takes, and that does not choose more blocks
+// than a team can offer in its memory.
 static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity) {
     device_open();
-    w->fast = fast_decode(c, capacity);
-    const int64_t G = c->num_attention_heads / c->num_key_value_heads, lists = rows * c->num_key_value_heads, together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS;
-    const int64_t at_once = w->fast ? blocks_at_once(c) : 2 * (int64_t)gpu.multiProcessorCount;
-    w->team = w->fast && has_nsa(c) ? choose_team(c, lists) : 1;
-    w->splits = max32(w->team, choose_splits(lists * ((G + together - 1) / together), at_once));
+    const DecodeShape s = shape_of_config(c, 0, rows, 1);
+    w->fast = tier_of_model(c) != TIER_SIMPLE;
+    w->team = 0;
+    if (has_nsa(c)) {
+        const int64_t blocks = most_selection_blocks(c, capacity), chosen = s.select.n * (int64_t)s.select.sel_block;
+        if (w->fast && s.select.n <= CHOICE_GROUPS && chosen < QUOTIENTS && s.G * s.Dv * MOST_TEAM < QUOTIENTS) w->team = choose_team(&s, blocks);
+        w->fast = w->team > 0;
+        if (w->fast) w->plan = plan_team(&s, blocks, w->team);
+    }
+    const int64_t together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS, at_once = w->fast ? blocks_at_once(s.D) : 2 * (int64_t)gpu.multiProcessorCount;
+    w->splits = max32(has_nsa(c) ? 2 : 1, choose_splits((int64_t)rows * s.KV * ((s.G + together - 1) / together), at_once));
 }
 
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {
@@ -2010,7 +2183,7 @@ void decoder_open(Decoder *d) {
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
-    if (tier_of_model(c) != TIER_SIMPLE) allow_shared(dense_kernel_of(s.D), ring_bytes(s.D), FAST_NAME, FAST_FIX);
+    if (tier_of_model(c) != TIER_SIMPLE) allow_rings(dense_kernel_of(s.D), ring_bytes(s.D));
 }
 
 static void drop_graphs(Working *w) {

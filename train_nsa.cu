@@ -1749,11 +1749,14 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
 }
 
 // Eq. 9 of block j, from the weights of the compressed blocks that are seen.
-__device__ static inline float importance_of(const float *weights, int j, int visible, const SelectShape *sel) {
-    const int pieces = sel->cmp_block / sel->cmp_stride, per_block = sel->sel_block / sel->cmp_stride, end = min32((j + 1) * per_block, visible);
+__device__ static inline float importance_of(const float *weights, int j, int visible, int pieces, int per_block) {
+    const int end = min32((j + 1) * per_block, visible);
     float sum = 0;
     for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += weights[i] * (float)(int)pieces_inside(i, j, pieces, per_block);
     return sum;
+}
+__device__ static inline float importance_of(const float *weights, int j, int visible, const SelectShape *sel) {
+    return importance_of(weights, j, visible, sel->cmp_block / sel->cmp_stride, sel->sel_block / sel->cmp_stride);
 }
 
 // importance (rows, row_size) of the blocks that a row may choose of, from its weights (rows, Tk). A block of threads a row.

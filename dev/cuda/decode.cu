@@ -142,6 +142,7 @@ static void check_case(const Case *x, int version) {
     }
     set_position(&d, t);
     to_device(d.work->wide, q, rows * row_size * 4);
+    for (int r = 0; r < rows && d.work->fast; r++) upload(&d, d.work->queries + r * H * D, q + r * row_size, H * D);
     to_device(d.work->gates, gates, heads * BRANCHES * 4);
     if (version == 1) decode_branches<float>(&d, 0, 0);
     else decode_branches<bf16>(&d, 0, 0);
@@ -211,10 +212,8 @@ static float phase_us[PHASES_IN_ALL][RUNS];
 static void note_phases(void) {
     static int run;
     long long clock[PHASES_IN_ALL];
-    int kilohertz;
-    CUDA(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0));
     CUDA(cudaMemcpyFromSymbol(clock, phase_clock, sizeof clock));
-    for (int i = 1; i < PHASES_IN_ALL; i++) phase_us[i][run % RUNS] = (float)(clock[i] - clock[i - 1]) * 1e3f / (float)kilohertz;
+    for (int i = 1; i < PHASES_IN_ALL; i++) phase_us[i][run % RUNS] = (float)(clock[i] - clock[i - 1]) * 1e-3f;
     run++;
 }
 static void print_phases(void) {
@@ -292,6 +291,7 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
         for (int v = 0; v < 2; v++) caches[i].tail[v] = d.layers[0].tail[v];
     }
     fill_normal(d.work->wide, rows * wide_row(c, 0).size, 1u << 20);
+    if (d.work->fast) fill_normal(d.work->queries, (int64_t)rows * H * D, 1u << 22);
     fill_normal(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
 
     printf("version %d, %s: %s tier, %d shares, teams of %d, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, d.work->team, count, human_bytes((double)held));

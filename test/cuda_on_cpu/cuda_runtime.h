@@ -708,7 +708,7 @@ typedef emu_recording *cudaGraphExec_t;
 typedef double *cudaEvent_t;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9, cudaFuncAttributeNonPortableClusterSizeAllowed = 14 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9, cudaFuncAttributeNonPortableClusterSizeAllowed = 14, cudaSharedmemCarveoutMaxShared = 100 };
 
 struct cudaDeviceProp {
     char name[256];
@@ -833,7 +833,7 @@ static inline emu_launcher<Call> emu_launch(Call call, const char *name, dim3 gr
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute { cudaLaunchAttributeID id; struct { dim3 clusterDim; int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute *attrs; unsigned numAttrs; };
-struct cudaFuncAttributes { int ptxVersion; };
+struct cudaFuncAttributes { int ptxVersion; size_t sharedSizeBytes; };
 enum { EMU_CLUSTER_BLOCKS = 4 };        // blocks in clusters that the GPU takes at once: as many as it has multiprocessors
 static inline unsigned emu_cluster_of(const cudaLaunchConfig_t *c) {
     for (unsigned i = 0; i < c->numAttrs; i++)
@@ -851,5 +851,6 @@ static inline cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *, c
 }
 static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {
     a->ptxVersion = 90;
+    a->sharedSizeBytes = 0;
     return 0;
 }
