@@ -538,10 +538,10 @@ __device__ static inline void cp_async_16_once(void *to, const void *from, int f
 #endif
 
 // Compiled with -DPHASES, dev/cuda/decode bench prints when the first block of threads of each kernel of sparse attention came to these points.
-enum { BEFORE, ALONE, ATTENDED, TOLD, NEXT_ALONE, KNOWN, WEIGHED, MET, CHOSEN, MERGED_FIRST, ATTENDED_CHOSEN, TOLD_AGAIN, MET_AGAIN, MERGED, PHASES_IN_ALL };
+enum { BEFORE, ALONE, ATTENDED, TOLD, NEXT_ALONE, KNOWN, WEIGHED, MET, CHOSEN, ATTENDED_CHOSEN, TOLD_AGAIN, MET_AGAIN, MERGED, PHASES_IN_ALL };
 #ifdef PHASES
-static const char *phase_names[] = {"the token before merged", "previous kernel waited for", "compressed keys attended", "sums written", "previous kernel waited for", "log-sum-exps known", "blocks weighed",
-                                    "team waited for", "blocks chosen", "first branches merged", "chosen blocks attended", "sums told", "team waited for", "merged"};
+static const char *phase_names[] = {"the token before merged", "previous kernel waited for", "compressed keys attended", "sums written", "previous kernel waited for", "first branches merged", "blocks weighed",
+                                    "team waited for", "blocks chosen", "chosen blocks attended", "sums told", "team waited for", "merged"};
 __device__ long long phase_clock[PHASES_IN_ALL];
 __device__ static inline void phase(int which) {
     if (blockIdx.x || blockIdx.y || threadIdx.x) return;
@@ -1119,21 +1119,20 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 }
 
 // ----------------------------------------------------------------------------
-// The fast tier: bf16 on tensor cores, for the heads that training's fast attention takes. What counts is to read the keys and values
-// once, at the speed of the memory: every warp keeps tiles of its own on their way (cp.async), so that no warp waits for another until
-// the end of the share, and one tile serves up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero).
+// The fast tier: bf16 on tensor cores, for the heads that training's fast attention takes. What counts is to read the keys and values once, at the speed of the
+// memory, and to lose little time where there is little to read. A block of threads goes through its keys in rounds: each warp brings a tile of keys and values
+// (cp.async) and has its scores, for up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero); then each warp has some channels of the sum
+// over all warps' values. So no two warps have sums of the same numbers, which would have to be added up.
 
-enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, MOST_TEAM = 16 };
+enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 
-// A warp's ring in shared memory, and the rings of a block: each of the SLOTS takes the keys (TILE_KEYS,D) or the values (TILE_KEYS,DV) of a tile. Two blocks
-// fit on a multiprocessor at D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends. OUT_ROW: of the warps' sums
-// (DECODE_WARPS,MMA_ROWS,DV), which take the rings' place at the end; 8 more spare the banks.
+// A block's ring in shared memory: each of the SLOTS takes the keys (ROUND_KEYS,D) or the values (ROUND_KEYS,DV) of a round. Two blocks fit on a multiprocessor at
+// D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends.
 template <int D, int DV>
 struct KeyRing {
-    static constexpr int SLOTS = D == 64 ? 6 : 3, SLOT = TILE_KEYS * D, NUMBERS = SLOTS * SLOT, OUT_ROW = DV + 8;
-    static constexpr int BYTES = DECODE_WARPS * NUMBERS * (int)sizeof(bf16), OUTS = DECODE_WARPS * MMA_ROWS * OUT_ROW * (int)sizeof(float);
-    static_assert(DV <= D && OUTS <= BYTES, "values lie where keys do, and the sums take the rings' place");
+    static constexpr int SLOTS = D == 64 ? 6 : 3, SLOT = ROUND_KEYS * D, BYTES = SLOTS * SLOT * (int)sizeof(bf16);
+    static_assert(DV <= D && DV % (8 * DECODE_WARPS) == 0, "values lie where keys do, and each warp has channels of its own");
 };
 
 static int64_t ring_bytes(int D) { return D == 64 ? KeyRing<64, 64>::BYTES : D == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
@@ -1144,59 +1143,69 @@ DEVICE static inline int in_fours(int n) { return (n + FOUR - 1) / FOUR * FOUR; 
 enum { QUOTIENTS = 1 << 20 };
 DEVICE static inline int quotient(int i, float inverse) { return (int)(((float)i + 0.5f) * inverse); }
 
-// The keys of a list that a warp goes through in tiles: `first`, first + step, ..., those before `end`. A tile comes in two steps, its keys and its values.
-typedef struct WarpKeys {
+// The keys of a list that a block of threads goes through, those before `end`: the tiles of its warps in a round are `gap` apart, and so are the rounds.
+typedef struct BlockKeys {
     const bf16 *k, *v;
-    int first, step, end;
+    int first, gap, end;
     int fresh;              // the key that this token has brought, or -1: none
-    int asked;              // so many of the first steps are on their way, but for those with the fresh key
     const int *idx;         // or NULL: the blocks of `block` slots in which the keys lie
     int block;
     float per_block;        // 1 / block
-} WarpKeys;
+} BlockKeys;
 
-// Those of a stretch of a list's keys that one of `members` warps has, which share its tiles.
+// Those of a stretch of a list's keys that one of `members` blocks of threads has, which share its tiles.
 template <int D, int DV>
-__device__ static inline WarpKeys warp_keys(const AttendCall *a, int branch, int64_t list, Stretch x, int fresh, int member, int members, const int *idx, float per_block) {
+__device__ static inline BlockKeys block_keys(const AttendCall *a, int branch, int64_t list, Stretch x, int fresh, int member, int members, const int *idx, float per_block) {
     const KeyCache *cache = &a->cache.branch[branch];
-    const WarpKeys keys = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
-                           x.from + member * TILE_KEYS, members * TILE_KEYS, x.to, fresh, 0, idx, a->s.select.sel_block, per_block};
+    const BlockKeys keys = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
+                            x.from + member * TILE_KEYS, members * TILE_KEYS, x.to, fresh, idx, a->s.select.sel_block, per_block};
     return keys;
 }
 
-__device__ static inline int first_of_step(const WarpKeys *x, int step) { return x->first + step / 2 * x->step; }
-__device__ static inline int fresh_in(const WarpKeys *x, int step) { return first_of_step(x, step) <= x->fresh && x->fresh < first_of_step(x, step) + TILE_KEYS; }
+// A round's keys come in an even step, its values in the next one. Where this warp's tile of it begins, and whether there is such a round at all.
+__device__ static inline int tile_of_step(const BlockKeys *x, int step) { return x->first + (step / 2 * DECODE_WARPS + threadIdx.x / WARP) * x->gap; }
+__device__ static inline int is_step(const BlockKeys *x, int step) { return x->first + step / 2 * DECODE_WARPS * x->gap < x->end; }
+__device__ static inline int fresh_in(const BlockKeys *x, int step) { return tile_of_step(x, step) <= x->fresh && x->fresh < tile_of_step(x, step) + TILE_KEYS; }
 
-// A tile's keys or values, W numbers each, those that there are, into a slot of a warp's ring.
+// A tile's keys or values, W numbers each, into a warp's part of a slot; zeros where there are none.
 template <int W>
-__device__ static inline void fetch_half(bf16 *slot, const bf16 *from, const WarpKeys *x, int k0) {
+__device__ static inline void fetch_tile_of(bf16 *tile, const bf16 *from, const BlockKeys *x, int k0) {
     const int key = k0 + lane() % TILE_KEYS;
     int at = key < x->end ? key : 0;
     if (x->idx) at += (x->idx[quotient(at, x->per_block)] - quotient(at, x->per_block)) * x->block;
     #pragma unroll
     for (int n = 0; n < TILE_KEYS * (W / 8) / WARP; n++) {
         const int row = (n * WARP + lane()) / (W / 8), chunk = (n * WARP + lane()) % (W / 8);
-        cp_async_16_once(chunk_of<W>(slot, row, chunk), from + (int64_t)__shfl_sync(~0u, at, row) * W + chunk * 8, k0 + row < x->end ? 16 : 0);
+        cp_async_16_once(chunk_of<W>(tile, row, chunk), from + (int64_t)__shfl_sync(~0u, at, row) * W + chunk * 8, k0 + row < x->end ? 16 : 0);
     }
 }
-// What comes in a step, if there is such a tile.
 template <int D, int DV>
-__device__ static inline void fetch_step(bf16 *ring, const WarpKeys *x, int step, int slot) {
-    const int k0 = first_of_step(x, step);
-    if (k0 >= x->end) return;
+__device__ static inline void fetch_step(bf16 *ring, const BlockKeys *x, int step, int slot) {
     bf16 *to = ring + slot * KeyRing<D, DV>::SLOT;
-    if constexpr (D == DV) fetch_half<D>(to, step % 2 ? x->v : x->k, x, k0);
-    else if (step % 2) fetch_half<DV>(to, x->v, x, k0);
-    else fetch_half<D>(to, x->k, x, k0);
+    const int k0 = tile_of_step(x, step), tile = threadIdx.x / WARP * TILE_KEYS;
+    if constexpr (D == DV) fetch_tile_of<D>(to + tile * D, step % 2 ? x->v : x->k, x, k0);
+    else if (step % 2) fetch_tile_of<DV>(to + tile * DV, x->v, x, k0);
+    else fetch_tile_of<D>(to + tile * D, x->k, x, k0);
 }
 
-// A ring full, but for the tile with this token's key: that may be done before others have written it.
+// The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that the fresh one, which is waited for.
 template <int D, int DV>
-__device__ static inline void fetch_first(bf16 *ring, WarpKeys *x) {
+__device__ static inline void fetch_first(bf16 *ring, const BlockKeys *x) {
     #pragma unroll 1        // as most loops here: code that runs once comes from memory, too
-    for (; x->asked < KeyRing<D, DV>::SLOTS; x->asked++)
-        if (!fresh_in(x, x->asked)) fetch_step<D, DV>(ring, x, x->asked, x->asked);
+    for (int step = 0; step < KeyRing<D, DV>::SLOTS - 1; step++) {
+        if (is_step(x, step) && !fresh_in(x, step)) fetch_step<D, DV>(ring, x, step, step);
+        cp_async_commit();
+    }
+}
+template <int D, int DV>
+__device__ static inline void fetch_fresh(bf16 *ring, const BlockKeys *x) {
+    int found = 0;
+    #pragma unroll 1
+    for (int step = 0; step < KeyRing<D, DV>::SLOTS - 1; step++)
+        if (is_step(x, step) && fresh_in(x, step)) fetch_step<D, DV>(ring, x, step, step), found = 1;
+    if (!found) return;
     cp_async_commit();
+    cp_async_wait<0>();
 }
 
 // The queries of heads head0 and on, as bf16, on their way into shared memory (MMA_ROWS,D) by way of registers.
@@ -1221,152 +1230,119 @@ __device__ static inline void put_queries(bf16 *queries, const AskedQueries<D> &
     }
 }
 
-// A warp's sums, of rows lane / 4 and 8 more; top in units of log2.
-template <int DV> struct WarpSums { float o[DV / 8][4], top[2], sum[2]; };
+// What a warp has of a block's sums: of rows lane / 4 and 8 more the top, in units of log2, and the sum of the weights, as all warps have them, and channels
+// CHANNELS·warp and on, two neighbours and so many times 8 further.
+template <int DV> struct BlockSums { static constexpr int TILES = DV / 8 / DECODE_WARPS, CHANNELS = DV / DECODE_WARPS; float o[TILES][4], top[2], sum[2]; };
 
 // Less than any score, and unlike -INFINITY a number that can be subtracted from itself: the top of no keys.
 #define NO_TOP -1e30f
 
-// A warp goes through its keys: a step is asked for SLOTS - 1 turns before its own. scores: or NULL, (heads,row), in units of log2.
+// What the warps of a block tell each other in a round: highest scores, and weights (MMA_ROWS,ROUND_KEYS).
+typedef struct Round { float top[MMA_ROWS][DECODE_WARPS]; uint4 weights[MMA_ROWS * ROUND_KEYS / 8]; } Round;
+
+// A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. scores: or NULL, (heads,row), in units of log2.
 template <int D, int DV>
-__device__ static inline void attend_keys(WarpSums<DV> *y, bf16 *ring, const WarpKeys *x, bf16 *queries, float *scores, int row, int heads) {
+__device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *round, const BlockKeys *x, bf16 *queries, float *scores, int row, int heads) {
     typedef KeyRing<D, DV> R;
-    const int low = lane() / 4, pair = lane() % 4 * 2;
+    const int low = lane() / 4, pair = lane() % 4 * 2, warp = threadIdx.x / WARP;
     const float scale2 = 1 / sqrtf((float)D) * LOG2E;
-    float p[TILE_KEYS / 8][4];
-    #pragma unroll
-    for (int c = 0; c < DV / 8; c++)
-        for (int e = 0; e < 4; e++) y->o[c][e] = 0;
-    for (int i = 0; i < 2; i++) y->top[i] = NO_TOP, y->sum[i] = 0;
+    const unsigned ones[2] = {two_bf16(1, 1), two_bf16(1, 1)};
+    bf16 *weights = (bf16 *)round->weights;
+    float sums[4] = {0};
+    for (int n = 0; n < BlockSums<DV>::TILES; n++)
+        for (int e = 0; e < 4; e++) y->o[n][e] = 0;
+    for (int i = 0; i < 2; i++) y->top[i] = NO_TOP;
     #pragma unroll 1
-    for (int turn = 0, slot = 0;; turn++, slot = (slot + 1) % R::SLOTS) {
-        const int step = turn - (R::SLOTS - 1), k0 = first_of_step(x, step);
-        if (step >= 0 && k0 >= x->end) break;
-        if (turn >= x->asked || fresh_in(x, turn)) fetch_step<D, DV>(ring, x, turn, slot);
-        cp_async_commit();
-        if (step < 0) continue;
-        bf16 *half = ring + (slot + 1) % R::SLOTS * R::SLOT;
-        cp_async_wait<R::SLOTS - 1>();
+    for (int step = 0, slot = 0; is_step(x, step); step += 2, slot = (slot + 2) % R::SLOTS) {
+        const int k0 = tile_of_step(x, step);
+        float p[TILE_KEYS / 8][4] = {{0}};
+        cp_async_wait<R::SLOTS - 2>();
         __syncwarp();
-        if (step % 2) {
-            unsigned weights[4];
-            as_left_factor(weights, p);
-            times_rows<DV>(y->o, weights, half, 0);
-            __syncwarp();
-            continue;
-        }
-        #pragma unroll
-        for (int i = 0; i < TILE_KEYS / 8; i++)
-            for (int e = 0; e < 4; e++) p[i][e] = 0;
-        tile_times_turned<D, TILE_KEYS / 8>(p, queries, 0, half, 0);
+        tile_times_turned<D, TILE_KEYS / 8>(p, queries, 0, ring + slot * R::SLOT + warp * TILE_KEYS * D, 0);
         #pragma unroll
         for (int i = 0; i < TILE_KEYS / 8; i++)
             #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
                 if (scores && e % 2 == 0 && key < x->end && head < heads) *(float2 *)(scores + (int64_t)head * row + key) = make_float2(p[i][e] * scale2, p[i][e + 1] * scale2);
-                p[i][e] = key < x->end ? p[i][e] * scale2 : -INFINITY;
+                p[i][e] = key < x->end ? p[i][e] * scale2 : NO_TOP;
             }
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float higher = y->top[i], more = 0;
-            for (int e = 0; e < TILE_KEYS / 8; e++) higher = fmaxf(higher, fmaxf(p[e][i * 2], p[e][i * 2 + 1]));
-            higher = quad_max(higher);
-            const float shrink = power_of_2(y->top[i] - higher);
-            #pragma unroll
-            for (int e = 0; e < TILE_KEYS / 8; e++) {
-                p[e][i * 2] = power_of_2(p[e][i * 2] - higher);
-                p[e][i * 2 + 1] = power_of_2(p[e][i * 2 + 1] - higher);
-                more += p[e][i * 2] + p[e][i * 2 + 1];
-            }
-            y->sum[i] = y->sum[i] * shrink + more;
-            y->top[i] = higher;
-            #pragma unroll
-            for (int c = 0; c < DV / 8; c++) y->o[c][i * 2] *= shrink, y->o[c][i * 2 + 1] *= shrink;
+            const float highest = quad_max(fmaxf(fmaxf(p[0][i * 2], p[0][i * 2 + 1]), fmaxf(p[1][i * 2], p[1][i * 2 + 1])));
+            if (lane() % 4 == 0) round->top[low + i * 8][warp] = highest;
         }
-        __syncwarp();
-    }
-}
-
-// What the warps of a block have summed up, their outs aside, and what these weigh in their branch's sum.
-typedef struct BlockSums { float top[DECODE_WARPS][MMA_ROWS], sum[DECODE_WARPS][MMA_ROWS], weight[DECODE_WARPS][MMA_ROWS]; } BlockSums;
-
-// All warps' sums into shared memory, outs where the rings stood.
-template <int D, int DV>
-__device__ static inline void put_sums(BlockSums *sums, float *outs, const WarpSums<DV> *y) {
-    const int warp = threadIdx.x / WARP, low = lane() / 4, pair = lane() % 4 * 2;
-    __syncthreads();
-    for (int i = 0; i < 2; i++) {
-        const float total = quad_sum(y->sum[i]);
-        if (lane() % 4 == 0) sums->top[warp][low + i * 8] = y->top[i], sums->sum[warp][low + i * 8] = total;
-        float *to = outs + (warp * MMA_ROWS + low + i * 8) * KeyRing<D, DV>::OUT_ROW + pair;
+        __syncthreads();        // all have done with the values before, too: their slot is free
+        if (is_step(x, step + R::SLOTS - 1)) fetch_step<D, DV>(ring, x, step + R::SLOTS - 1, (slot + R::SLOTS - 1) % R::SLOTS);
+        cp_async_commit();
         #pragma unroll
-        for (int c = 0; c < DV / 8; c++) *(float2 *)(to + c * 8) = make_float2(y->o[c][i * 2], y->o[c][i * 2 + 1]);
+        for (int i = 0; i < 2; i++) {
+            const float4 *tops = (const float4 *)round->top[low + i * 8], a = tops[0], b = tops[1];
+            const float higher = fmaxf(y->top[i], fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)))), shrink = power_of_2(y->top[i] - higher);
+            y->top[i] = higher;
+            for (int n = 0; n < BlockSums<DV>::TILES; n++) y->o[n][i * 2] *= shrink, y->o[n][i * 2 + 1] *= shrink;
+            sums[i * 2] *= shrink;
+            #pragma unroll
+            for (int n = 0; n < TILE_KEYS / 8; n++)
+                *(unsigned *)(chunk_of<ROUND_KEYS>(weights, low + i * 8, warp * (TILE_KEYS / 8) + n) + pair) = two_bf16(power_of_2(p[n][i * 2] - higher), power_of_2(p[n][i * 2 + 1] - higher));
+        }
+        cp_async_wait<R::SLOTS - 2>();
+        __syncthreads();
+        if (is_step(x, step + R::SLOTS)) fetch_step<D, DV>(ring, x, step + R::SLOTS, slot);
+        cp_async_commit();
+        bf16 *values = ring + (slot + 1) % R::SLOTS * R::SLOT;
+        #pragma unroll
+        for (int k = 0; k < ROUND_KEYS; k += 2 * TILE_KEYS) {
+            unsigned a[2][4], b[2][4];
+            for (int i = 0; i < 2; i++) ldmatrix_x4(a[i], chunk_of<ROUND_KEYS>(weights, lane() % MMA_ROWS, k / 8 + i * 2 + lane() / MMA_ROWS));
+            if constexpr (BlockSums<DV>::TILES == 2) {
+                for (int i = 0; i < 2; i++) {
+                    ldmatrix_x4_turned(b[i], chunk_of<DV>(values, k + i * TILE_KEYS + lane() % TILE_KEYS, warp * 2 + lane() / TILE_KEYS));
+                    mma_16816(y->o[0], a[i], b[i]);
+                    mma_16816(y->o[1], a[i], b[i] + 2);
+                }
+            } else {
+                ldmatrix_x4_turned(b[0], chunk_of<DV>(values, k + lane(), warp));
+                mma_16816(y->o[0], a[0], b[0]);
+                mma_16816(y->o[0], a[1], b[0] + 2);
+            }
+            for (int i = 0; i < 2; i++) mma_16816(sums, a[i], ones);
+        }
     }
-    __syncthreads();
-}
-
-// Threads DECODE_WARPS side by side have a row of these: what each warp weighs in the block's sum; the highest top and Σ weight · sum.
-__device__ static inline void weigh_warps(BlockSums *sums, int row, float *highest, float *total) {
-    const int w = threadIdx.x % DECODE_WARPS;
-    const float top = sums->top[w][row];
-    *highest = top;
-    for (int step = 1; step < DECODE_WARPS; step *= 2) *highest = fmaxf(*highest, __shfl_xor_sync(~0u, *highest, step));
-    const float weight = power_of_2(top - *highest);
-    *total = weight * sums->sum[w][row];
-    for (int step = 1; step < DECODE_WARPS; step *= 2) *total += __shfl_xor_sync(~0u, *total, step);
-    sums->weight[w][row] = weight;
-}
-// Channels c .. c+3 of a row of the block's sum.
-template <int D, int DV>
-__device__ static inline float4 four_of_block(const BlockSums *sums, const float *outs, int row, int c) {
-    float4 y = make_float4(0, 0, 0, 0);
-    #pragma unroll
-    for (int w = 0; w < DECODE_WARPS; w++) {
-        const float weight = sums->weight[w][row];
-        const float4 z = *(const float4 *)(outs + (w * MMA_ROWS + row) * KeyRing<D, DV>::OUT_ROW + c);
-        y = make_float4(y.x + weight * z.x, y.y + weight * z.y, y.z + weight * z.z, y.w + weight * z.w);
-    }
-    return y;
+    for (int i = 0; i < 2; i++) y->sum[i] = sums[i * 2];
 }
 
 // Dense attention, or that of two branches, whose lists have splits of their own; with the scores of the compressed one. grid: (row, kv, group of heads), split
 template <int D, int DV>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_kernel(AttendCall a) {
     extern __shared__ uint4 fast_shared[];
-    __shared__ BlockSums sums;
+    __shared__ Round round;
     __shared__ uint4 queries[MMA_ROWS * D / 8];
     const DecodeShape *s = &a.s;
     const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
     const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
     const int64_t slots = a.cache.branch[branch].slots, head0 = (int64_t)list * G + g0, row = score_row(slots);
     const Stretch stretch = stretch_of(&a.input->of[kind], share);
-    float *outs = (float *)fast_shared;
-    bf16 *ring = (bf16 *)fast_shared + threadIdx.x / WARP * KeyRing<D, DV>::NUMBERS;
-    WarpKeys keys = warp_keys<D, DV>(&a, branch, list, stretch, kind == WIN ? (int)(a.input->position % slots) : a.input->of[kind].keys - 1, threadIdx.x / WARP, DECODE_WARPS, NULL, 0);
+    bf16 *ring = (bf16 *)fast_shared;
+    const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, kind == WIN ? (int)(a.input->position % slots) : a.input->of[kind].keys - 1, 0, 1, NULL, 0);
     let_next_come();
     fetch_first<D, DV>(ring, &keys);
     wait_for_previous();
     phase(ALONE);
     if (stretch.from >= stretch.to) return;
-    WarpSums<DV> y;
     put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0, heads));
+    fetch_fresh<D, DV>(ring, &keys);
     __syncthreads();
-    attend_keys<D, DV>(&y, ring, &keys, (bf16 *)queries, kind == CMP ? a.scores + head0 * row : NULL, (int)row, heads);
+    BlockSums<DV> y;
+    attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, kind == CMP ? a.scores + head0 * row : NULL, (int)row, heads);
     phase(ATTENDED);
-    put_sums<D, DV>(&sums, outs, &y);
-    if (threadIdx.x < MMA_ROWS * DECODE_WARPS) {
-        const int head = threadIdx.x / DECODE_WARPS;
+    for (int i = 0; i < 2; i++) {
+        const int head = lane() / 4 + i * 8;
         const int64_t at = parts_of(s, branch, head0 + head) + share;
-        float highest, total;
-        weigh_warps(&sums, head, &highest, &total);
-        if (threadIdx.x % DECODE_WARPS == 0 && head < heads) a.parts.top[at] = highest * (1 / LOG2E), a.parts.sum[at] = total;
-    }
-    __syncthreads();
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < heads * (DV / FOUR); i += DECODE_THREADS) {
-        const int head = i / (DV / FOUR), c = i % (DV / FOUR) * FOUR;
-        *(float4 *)(a.parts.out + (parts_of(s, branch, head0 + head) + share) * DV + c) = four_of_block<D, DV>(&sums, outs, head, c);
+        if (head >= heads) continue;
+        if (threadIdx.x < WARP && lane() % 4 == 0) a.parts.top[at] = y.top[i] * (1 / LOG2E), a.parts.sum[at] = y.sum[i];
+        for (int n = 0; n < BlockSums<DV>::TILES; n++)
+            *(float2 *)(a.parts.out + at * DV + threadIdx.x / WARP * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2) = make_float2(y.o[n][i * 2], y.o[n][i * 2 + 1]);
     }
     phase(TOLD);
 }
@@ -1568,22 +1544,56 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
         if (i % MOST_TEAM < p->team) tell(offered + i / MOST_TEAM * MOST_TEAM + member, best[i / MOST_TEAM], arrived + OFFERED, i % MOST_TEAM);
 }
 
-// partial (groups,slice): of numbers [begin, end) of (G,DV) of a list, Σ gate · attention over the branches before. A thread takes four neighbouring channels of every
-// so-manieth share.
+// Of numbers [begin, end) of (G,DV) of a list, the sums of the branches before: a thread takes four neighbouring channels of every so-manieth share. The first shares of
+// a thread's first channels are asked for as soon as they are there.
+enum { EARLY = 5 };
+typedef struct AskedShares { float4 of[EARLY]; float top[EARLY]; } AskedShares;
+
+// The n-th share of a head, of both branches'; and what its sum is multiplied by.
+__device__ static inline int share_of(const AttendCall *a, int head, int n) {
+    const int compressed = a->input->of[CMP].splits;
+    return (int)parts_of(&a->s, n < compressed ? CMP : WIN, head) + (n < compressed ? n : n - compressed);
+}
+__device__ static inline float share_factor(const char *memory, const TeamPlan *p, const AttendCall *a, int g, int n, float top) {
+    const int second = n >= a->input->of[CMP].splits;
+    return ((const float *)(memory + p->gates))[g * BRANCHES + (second ? WIN : CMP)] * power_of_2(top * LOG2E - ((const float *)(memory + p->lse))[second * a->s.G + g]);
+}
+
 template <int DV>
-__device__ static inline void merge_first(char *memory, const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
-    const DecodeShape *s = &a->s;
-    const float *lses = (const float *)(memory + p->lse), *gates = (const float *)(memory + p->gates);
-    const int group = quotient(threadIdx.x, p->per_across), compressed = a->input->of[CMP].splits, all = compressed + a->input->of[WIN].splits;
+__device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
+    const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR, all = a->input->of[CMP].splits + a->input->of[WIN].splits;
+    AskedShares x = {};
+    if (at >= end || group >= p->groups) return x;
+    #pragma unroll
+    for (int k = 0; k < EARLY; k++) {
+        const int n = group + k * p->groups, share = share_of(a, list * a->s.G + at / DV, min32(n, all - 1));
+        x.of[k] = *(const float4 *)(a->parts.out + (int64_t)share * DV + at % DV);
+        x.top[k] = a->parts.top[share];
+    }
+    return x;
+}
+// partial (groups,slice) = Σ gate · attention
+template <int DV>
+__device__ static inline void merge_first(char *memory, const TeamPlan *p, const AttendCall *a, const AskedShares &asked, int list, int begin, int end) {
+    const int group = quotient(threadIdx.x, p->per_across), i0 = (threadIdx.x - group * p->across) * FOUR, all = a->input->of[CMP].splits + a->input->of[WIN].splits;
     #pragma unroll 1
-    for (int i = (threadIdx.x - group * p->across) * FOUR; begin + i < end && group < p->groups; i += p->across * FOUR) {
-        const int g = (begin + i) / DV, c = (begin + i) % DV, head = list * s->G + g, cmp = (int)parts_of(s, CMP, head), win = (int)parts_of(s, WIN, head) - compressed;
+    for (int i = i0; begin + i < end && group < p->groups; i += p->across * FOUR) {
+        const int g = (begin + i) / DV;
         float4 y = make_float4(0, 0, 0, 0);
-        #pragma unroll 4
-        for (int n = group; n < all; n += p->groups) {
-            const int second = n >= compressed, part = (second ? win : cmp) + n;
-            const float4 z = *(const float4 *)(a->parts.out + (int64_t)part * DV + c);
-            const float factor = gates[g * BRANCHES + (second ? WIN : CMP)] * power_of_2(a->parts.top[part] * LOG2E - lses[second * s->G + g]);
+        int n = group;
+        if (i == i0)
+            #pragma unroll
+            for (int k = 0; k < EARLY; k++, n += p->groups)
+                if (n < all) {
+                    const float factor = share_factor(memory, p, a, g, n, asked.top[k]);
+                    const float4 z = asked.of[k];
+                    y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+                }
+        #pragma unroll 2
+        for (; n < all; n += p->groups) {
+            const int share = share_of(a, list * a->s.G + g, n);
+            const float4 z = *(const float4 *)(a->parts.out + (int64_t)share * DV + (begin + i) % DV);
+            const float factor = share_factor(memory, p, a, g, n, a->parts.top[share]);
             y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
         }
         *(float4 *)((float *)(memory + p->partial) + group * p->slice + i) = y;
@@ -1631,7 +1641,7 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
 template <int D, int DV>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selected_kernel(AttendCall a, TeamPlan p) {
     extern __shared__ uint4 fast_shared[];
-    __shared__ BlockSums sums;
+    __shared__ Round round;
     __shared__ uint4 queries[MMA_ROWS * D / 8];
     __shared__ int chosen[CHOICE_GROUPS];
     const DecodeShape *s = &a.s;
@@ -1644,8 +1654,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     team_begin(arrived, bytes);
     const int blocks = a.input->blocks, each = a.input->own, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const float *scores = a.scores + (int64_t)head0 * row;
-    float *outs = (float *)fast_shared;
-    bf16 *ring = (bf16 *)fast_shared + warp * KeyRing<D, DV>::NUMBERS;
+    bf16 *ring = (bf16 *)fast_shared;
     wait_for_previous();
     phase(NEXT_ALONE);
 
@@ -1655,7 +1664,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
         const Stretch x = touching(first, first + min32(own, p.at_once), visible, &p);
         asked = ask_scores(scores, row, last_four(x.from / FOUR * FOUR, x.to), threadIdx.x % 2, G);
     }
-    AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
+    const AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
+    const AskedShares shares = ask_shares<DV>(&p, &a, list, begin, end);
     #pragma unroll 1
     for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = a.gates[head0 * BRANCHES + i];
     #pragma unroll 1
@@ -1666,6 +1676,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     }
     put_queries<D>((bf16 *)queries, q);
     __syncthreads();
+    merge_first<DV>(memory, &p, &a, shares, list, begin, end);
     phase(KNOWN);
 
     team_there();
@@ -1682,35 +1693,28 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     __syncthreads();
     phase(CHOSEN);
     const Stretch all = {0, a.input->of[SLC].keys};
-    WarpKeys keys = warp_keys<D, DV>(&a, SLC, list, all, -1, warp * team + member, DECODE_WARPS * team, chosen, p.per_key);
-    if (G <= MMA_ROWS) fetch_first<D, DV>(ring, &keys);
-    merge_first<DV>(memory, &p, &a, list, begin, end);
-    phase(MERGED_FIRST);
+    const BlockKeys keys = block_keys<D, DV>(&a, SLC, list, all, -1, member, team, chosen, p.per_key);
     #pragma unroll 1
     for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
         const int heads = min32(MMA_ROWS, G - g0);
-        WarpSums<DV> y;
+        fetch_first<D, DV>(ring, &keys);
         if (g0) {
             put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0 + g0, heads));
             __syncthreads();
         }
-        attend_keys<D, DV>(&y, ring, &keys, (bf16 *)queries, NULL, 0, heads);
+        BlockSums<DV> y;
+        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, NULL, 0, heads);
         phase(ATTENDED_CHOSEN);
-        put_sums<D, DV>(&sums, outs, &y);
-        if (threadIdx.x < MMA_ROWS * DECODE_WARPS) {
-            const int head = threadIdx.x / DECODE_WARPS;
-            float2 x;
-            weigh_warps(&sums, head, &x.x, &x.y);
-            #pragma unroll 1
-            for (int n = threadIdx.x % DECODE_WARPS; n < team && head < heads; n += DECODE_WARPS) tell((float2 *)(memory + p.tops) + member * G + g0 + head, x, arrived + SUMMED, n);
+        for (int i = 0; i < 2; i++) {
+            const int head = g0 + lane() / 4 + i * 8, to = warp * 4 + lane() % 4;
+            if (head >= G) continue;
+            if (to < team) tell((float2 *)(memory + p.tops) + member * G + head, make_float2(y.top[i], y.sum[i]), arrived + SUMMED, to);
+            for (int n = 0; n < BlockSums<DV>::TILES; n++) {
+                const int at = head * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, of = quotient(at, p.per_slice);
+                tell((float2 *)((float *)(memory + p.told) + (member - of) * p.slice + at), make_float2(y.o[n][i * 2], y.o[n][i * 2 + 1]), arrived + SUMMED, of);
+            }
         }
-        __syncthreads();
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < heads * (DV / FOUR); i += DECODE_THREADS) {
-            const int at = g0 * DV + i * FOUR, of = quotient(at, p.per_slice);
-            tell((float4 *)((float *)(memory + p.told) + (member - of) * p.slice + at), four_of_block<D, DV>(&sums, outs, i / (DV / FOUR), i % (DV / FOUR) * FOUR), arrived + SUMMED, of);
-        }
-        __syncthreads();            // before other keys take the sums' place
+        __syncthreads();            // before other keys take these ones' place
     }
     phase(TOLD_AGAIN);
     told(arrived + SUMMED);
@@ -1862,7 +1866,7 @@ static int completes_block(const Config *c, int64_t t) { return compressed_seen(
 static void plan_lists(const Working *w, Reading *x, int64_t x_keys, Reading *y, int64_t y_keys) {
     int64_t share = y ? x_keys + y_keys : (x_keys + w->splits - 1) / w->splits;
     for (int n = 1; n < w->splits && y; n++) share = min64(share, max64((x_keys + n - 1) / n, (y_keys + w->splits - n - 1) / (w->splits - n)));
-    share = round_up(max64(share, w->fast ? DECODE_WARPS * TILE_KEYS : WARP), TILE_KEYS);
+    share = round_up(max64(share, w->fast ? (int)ROUND_KEYS : WARP), TILE_KEYS);
     const Reading first = {(int)x_keys, (int)share, 0, (int)((x_keys + share - 1) / share)};
     *x = first;
     if (!y) return;
