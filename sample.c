@@ -389,7 +389,10 @@ enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blo
 
 // What one token reads of a list of keys: a branch's, or those of a full-attention layer. The splits of a launch are dealt out to the lists
 // that it reads; each takes `share` keys of its list.
-typedef struct Reading { int keys, share, first_split, splits; } Reading;
+typedef struct Reading {
+    int keys, share, first_split, splits;
+    int fresh;                      // the slot of the key that the token brings; that of a compressed one may be older
+} Reading;
 
 typedef struct Input {              // of the token to come
     int64_t position;
@@ -475,7 +478,8 @@ static inline void team_there(void) { emu_cluster_barrier(); }
 template <typename X> static inline void tell(X *x, X y, uint64_t *, int member) { *(X *)emu_of_block(x, member) = y; }
 static inline void told(uint64_t *) { emu_cluster_barrier(); }
 static inline void prefetch(const void *) {}
-static inline void cp_async_16_once(void *to, const void *from, int filled) { cp_async_16(to, from, filled); }
+static inline uint64_t read_once(void) { return 0; }
+static inline void cp_async_16_once(void *to, const void *from, int filled, uint64_t) { cp_async_16(to, from, filled); }
 #else
 __device__ static inline void let_next_come(void) {
 #if __CUDA_ARCH__ >= 900
@@ -531,9 +535,13 @@ __device__ static inline void told(uint64_t *arrived) {
 // Into the L2 cache: for weights, which nobody writes, before the wait.
 __device__ static inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // As cp_async_16, for what is read once: it is the first to leave the L2 cache, where the scores must stay until all keys have been read.
-__device__ static inline void cp_async_16_once(void *to, const void *from, int filled) {
-    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n\t"
-                 "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;}" :: "r"(shared_address(to)), "l"(from), "r"(filled) : "memory");
+__device__ static inline uint64_t read_once(void) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ static inline void cp_async_16_once(void *to, const void *from, int filled, uint64_t once) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" :: "r"(shared_address(to)), "l"(from), "r"(filled), "l"(once) : "memory");
 }
 #endif
 
@@ -869,7 +877,7 @@ enum { MERGE_THREADS = 512 };
 DEVICE static inline int64_t score_row(int64_t slots) { return (slots + FOUR - 1) / FOUR * FOUR; }
 
 // Where the shares of a head stand, one for each split. head = (row·KV + kv)·G + g, which is row·H + h.
-__device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return ((int64_t)branch * s->rows * s->H + head) * s->splits; }
+__device__ static inline int64_t parts_of(const DecodeShape *s, int branch, int64_t head) { return (branch * s->rows * s->H + (int)head) * s->splits; }
 
 // The keys from .. to-1 of a list, those of its n-th split: none behind the last.
 typedef struct Stretch { int from, to; } Stretch;
@@ -1167,16 +1175,31 @@ __device__ static inline int tile_of_step(const BlockKeys *x, int step) { return
 __device__ static inline int is_step(const BlockKeys *x, int step) { return x->first + step / 2 * DECODE_WARPS * x->gap < x->end; }
 __device__ static inline int fresh_in(const BlockKeys *x, int step) { return tile_of_step(x, step) <= x->fresh && x->fresh < tile_of_step(x, step) + TILE_KEYS; }
 
-// A tile's keys or values, W numbers each, into a warp's part of a slot; zeros where there are none.
+// The slot of a key: in its place, or where the block that it is in lies.
+__device__ static inline int slot_of_key(const BlockKeys *x, int key) {
+    if (!x->idx) return key;
+    const int n = quotient(key, x->per_block);
+    return key + (x->idx[n] - n) * x->block;
+}
+// A tile's keys or values, W numbers each, into a warp's part of a slot; zeros where there are none. Slots of a tile follow each other, unless blocks end within tiles.
 template <int W>
 __device__ static inline void fetch_tile_of(bf16 *tile, const bf16 *from, const BlockKeys *x, int k0) {
-    const int key = k0 + lane() % TILE_KEYS;
-    int at = key < x->end ? key : 0;
-    if (x->idx) at += (x->idx[quotient(at, x->per_block)] - quotient(at, x->per_block)) * x->block;
+    constexpr int CHUNKS = W / 8, EACH = TILE_KEYS * CHUNKS / WARP;
+    const int left = x->end - k0;
+    const uint64_t once = read_once();
+    if (x->idx && x->block % TILE_KEYS) {
+        #pragma unroll 1
+        for (int i = lane(); i < TILE_KEYS * CHUNKS; i += WARP) {
+            const int row = i / CHUNKS, chunk = i % CHUNKS;
+            cp_async_16_once(chunk_of<W>(tile, row, chunk), row < left ? from + (int64_t)slot_of_key(x, k0 + row) * W + chunk * 8 : from, row < left ? 16 : 0, once);
+        }
+        return;
+    }
+    const bf16 *first = from + (left > 0 ? (int64_t)slot_of_key(x, k0) * W : 0) + lane() * 8;
     #pragma unroll
-    for (int n = 0; n < TILE_KEYS * (W / 8) / WARP; n++) {
-        const int row = (n * WARP + lane()) / (W / 8), chunk = (n * WARP + lane()) % (W / 8);
-        cp_async_16_once(chunk_of<W>(tile, row, chunk), from + (int64_t)__shfl_sync(~0u, at, row) * W + chunk * 8, k0 + row < x->end ? 16 : 0);
+    for (int n = 0; n < EACH; n++) {
+        const int row = (n * WARP + lane()) / CHUNKS, chunk = (n * WARP + lane()) % CHUNKS;
+        cp_async_16_once(chunk_of<W>(tile, row, chunk), first + (row < left ? n * WARP * 8 : 0), row < left ? 16 : 0, once);
     }
 }
 template <int D, int DV>
@@ -1324,7 +1347,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
     const int64_t slots = a.cache.branch[branch].slots, head0 = (int64_t)list * G + g0, row = score_row(slots);
     const Stretch stretch = stretch_of(&a.input->of[kind], share);
     bf16 *ring = (bf16 *)fast_shared;
-    const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, kind == WIN ? (int)(a.input->position % slots) : a.input->of[kind].keys - 1, 0, 1, NULL, 0);
+    const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, a.input->of[kind].fresh, 0, 1, NULL, 0);
     let_next_come();
     fetch_first<D, DV>(ring, &keys);
     wait_for_previous();
@@ -1414,8 +1437,9 @@ __device__ static inline float lse_of_shares(const Shares *parts, int first, int
 typedef struct FourScores { float4 of[MMA_ROWS / 2]; } FourScores;
 __device__ static inline FourScores ask_scores(const float *scores, int row, int i, int g0, int G) {
     FourScores x;
+    const float *from = scores + g0 * row + i;
     #pragma unroll
-    for (int n = 0; n < MMA_ROWS / 2; n++) x.of[n] = *(const float4 *)(scores + (int64_t)min32(g0 + 2 * n, G - 1) * row + i);
+    for (int n = 0; n < MMA_ROWS / 2; n++) x.of[n] = *(const float4 *)(g0 + 2 * n < G ? from + 2 * n * row : scores);
     return x;
 }
 __device__ static inline void add_weights(float4 *sum, const FourScores &x, const float *lse, int g0, int G) {
@@ -1518,18 +1542,21 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
         const int j1 = min32(j0 + p->at_once, first + own);
         const Stretch x = touching(j0, j1, visible, p);
         const int from = x.from / FOUR * FOUR;
+        const int odd = threadIdx.x % 2;
+        FourScores four = j0 == first ? asked : ask_scores(scores, row, last_four(from, x.to), odd, G);
+        float4 sum = make_float4(0, 0, 0, 0);
         #pragma unroll 1
-        for (int i0 = from; i0 < x.to; i0 += DECODE_THREADS / 2 * FOUR) {
-            const int i = last_four(i0, x.to), odd = threadIdx.x % 2;
-            FourScores four = asked;
-            float4 sum = make_float4(0, 0, 0, 0);
-            #pragma unroll 1
-            for (int g0 = odd; g0 < G + odd; g0 += MMA_ROWS) {
-                if (j0 > first || i0 > from || g0 > odd) four = ask_scores(scores, row, i, g0, G);
-                add_weights(&sum, four, lse, g0, G);
+        for (int i0 = from, g0 = odd; i0 < x.to;) {
+            const int next_heads = g0 + MMA_ROWS < G + odd, next_i0 = next_heads ? i0 : i0 + DECODE_THREADS / 2 * FOUR, next_g0 = next_heads ? g0 + MMA_ROWS : odd;
+            FourScores next = four;
+            if (next_i0 < x.to) next = ask_scores(scores, row, last_four(next_i0, x.to), next_g0, G);
+            add_weights(&sum, four, lse, g0, G);
+            if (!next_heads) {
+                *(float4 *)(near + last_four(i0, x.to) - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
+                                                                             sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
+                sum = make_float4(0, 0, 0, 0);
             }
-            *(float4 *)(near + i - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
-                                                       sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
+            four = next, i0 = next_i0, g0 = next_g0;
         }
         __syncthreads();
         #pragma unroll 1
@@ -1549,24 +1576,23 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
 enum { EARLY = 5 };
 typedef struct AskedShares { float4 of[EARLY]; float top[EARLY]; } AskedShares;
 
-// The n-th share of a head, of both branches'; and what its sum is multiplied by.
-__device__ static inline int share_of(const AttendCall *a, int head, int n) {
-    const int compressed = a->input->of[CMP].splits;
+// The n-th share of a head, of those of both branches, of which the first `compressed` are the compressed one's; and what its sum is multiplied by.
+__device__ static inline int share_of(const AttendCall *a, int head, int n, int compressed) {
     return (int)parts_of(&a->s, n < compressed ? CMP : WIN, head) + (n < compressed ? n : n - compressed);
 }
-__device__ static inline float share_factor(const char *memory, const TeamPlan *p, const AttendCall *a, int g, int n, float top) {
-    const int second = n >= a->input->of[CMP].splits;
+__device__ static inline float share_factor(const char *memory, const TeamPlan *p, const AttendCall *a, int g, int n, int compressed, float top) {
+    const int second = n >= compressed;
     return ((const float *)(memory + p->gates))[g * BRANCHES + (second ? WIN : CMP)] * power_of_2(top * LOG2E - ((const float *)(memory + p->lse))[second * a->s.G + g]);
 }
 
 template <int DV>
-__device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
-    const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR, all = a->input->of[CMP].splits + a->input->of[WIN].splits;
+__device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end, int compressed, int all) {
+    const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR;
     AskedShares x = {};
     if (at >= end || group >= p->groups) return x;
     #pragma unroll
     for (int k = 0; k < EARLY; k++) {
-        const int n = group + k * p->groups, share = share_of(a, list * a->s.G + at / DV, min32(n, all - 1));
+        const int n = group + k * p->groups, share = share_of(a, list * a->s.G + at / DV, min32(n, all - 1), compressed);
         x.of[k] = *(const float4 *)(a->parts.out + (int64_t)share * DV + at % DV);
         x.top[k] = a->parts.top[share];
     }
@@ -1574,8 +1600,8 @@ __device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendC
 }
 // partial (groups,slice) = Σ gate · attention
 template <int DV>
-__device__ static inline void merge_first(char *memory, const TeamPlan *p, const AttendCall *a, const AskedShares &asked, int list, int begin, int end) {
-    const int group = quotient(threadIdx.x, p->per_across), i0 = (threadIdx.x - group * p->across) * FOUR, all = a->input->of[CMP].splits + a->input->of[WIN].splits;
+__device__ static inline void merge_first(char *memory, const TeamPlan *p, const AttendCall *a, const AskedShares &asked, int list, int begin, int end, int compressed, int all) {
+    const int group = quotient(threadIdx.x, p->per_across), i0 = (threadIdx.x - group * p->across) * FOUR;
     #pragma unroll 1
     for (int i = i0; begin + i < end && group < p->groups; i += p->across * FOUR) {
         const int g = (begin + i) / DV;
@@ -1585,15 +1611,15 @@ __device__ static inline void merge_first(char *memory, const TeamPlan *p, const
             #pragma unroll
             for (int k = 0; k < EARLY; k++, n += p->groups)
                 if (n < all) {
-                    const float factor = share_factor(memory, p, a, g, n, asked.top[k]);
+                    const float factor = share_factor(memory, p, a, g, n, compressed, asked.top[k]);
                     const float4 z = asked.of[k];
                     y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
                 }
         #pragma unroll 2
         for (; n < all; n += p->groups) {
-            const int share = share_of(a, list * a->s.G + g, n);
+            const int share = share_of(a, list * a->s.G + g, n, compressed);
             const float4 z = *(const float4 *)(a->parts.out + (int64_t)share * DV + (begin + i) % DV);
-            const float factor = share_factor(memory, p, a, g, n, a->parts.top[share]);
+            const float factor = share_factor(memory, p, a, g, n, compressed, a->parts.top[share]);
             y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
         }
         *(float4 *)((float *)(memory + p->partial) + group * p->slice + i) = y;
@@ -1654,7 +1680,10 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     team_begin(arrived, bytes);
     const int blocks = a.input->blocks, each = a.input->own, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const float *scores = a.scores + (int64_t)head0 * row;
+    const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
+    const Stretch all = {0, a.input->of[SLC].keys};
     bf16 *ring = (bf16 *)fast_shared;
+    team_there();
     wait_for_previous();
     phase(NEXT_ALONE);
 
@@ -1665,21 +1694,20 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
         asked = ask_scores(scores, row, last_four(x.from / FOUR * FOUR, x.to), threadIdx.x % 2, G);
     }
     const AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
-    const AskedShares shares = ask_shares<DV>(&p, &a, list, begin, end);
+    const AskedShares before = ask_shares<DV>(&p, &a, list, begin, end, compressed, shares);
     #pragma unroll 1
     for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = a.gates[head0 * BRANCHES + i];
     #pragma unroll 1
     for (int r0 = 0; r0 < 2 * G; r0 += DECODE_THREADS / LSE_THREADS) {
         const int r = min32(r0 + threadIdx.x / LSE_THREADS, 2 * G - 1), second = r >= G, branch = second ? WIN : CMP;
-        const float lse = lse_of_shares(&a.parts, (int)parts_of(s, branch, head0 + r - second * G), a.input->of[branch].splits);
+        const float lse = lse_of_shares(&a.parts, (int)parts_of(s, branch, head0 + r - second * G), second ? shares - compressed : compressed);
         if (threadIdx.x % LSE_THREADS == 0) ((float *)(memory + p.lse))[r] = lse;
     }
     put_queries<D>((bf16 *)queries, q);
     __syncthreads();
-    merge_first<DV>(memory, &p, &a, shares, list, begin, end);
+    merge_first<DV>(memory, &p, &a, before, list, begin, end, compressed, shares);
     phase(KNOWN);
 
-    team_there();
     if (each) {
         offer_blocks(memory, &p, &a, asked, scores, row, first, own, visible, member);
         told(arrived + OFFERED);
@@ -1692,7 +1720,6 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     }
     __syncthreads();
     phase(CHOSEN);
-    const Stretch all = {0, a.input->of[SLC].keys};
     const BlockKeys keys = block_keys<D, DV>(&a, SLC, list, all, -1, member, team, chosen, p.per_key);
     #pragma unroll 1
     for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
@@ -1867,10 +1894,10 @@ static void plan_lists(const Working *w, Reading *x, int64_t x_keys, Reading *y,
     int64_t share = y ? x_keys + y_keys : (x_keys + w->splits - 1) / w->splits;
     for (int n = 1; n < w->splits && y; n++) share = min64(share, max64((x_keys + n - 1) / n, (y_keys + w->splits - n - 1) / (w->splits - n)));
     share = round_up(max64(share, w->fast ? (int)ROUND_KEYS : WARP), TILE_KEYS);
-    const Reading first = {(int)x_keys, (int)share, 0, (int)((x_keys + share - 1) / share)};
+    const Reading first = {(int)x_keys, (int)share, 0, (int)((x_keys + share - 1) / share), (int)x_keys - 1};
     *x = first;
     if (!y) return;
-    const Reading second = {(int)y_keys, (int)share, first.splits, (int)((y_keys + share - 1) / share)};
+    const Reading second = {(int)y_keys, (int)share, first.splits, (int)((y_keys + share - 1) / share), (int)y_keys - 1};
     *y = second;
 }
 
@@ -1884,6 +1911,7 @@ static void plan_token(Decoder *d, const int *tokens) {
     in->blocks = (int)own + 1;
     in->own = has_nsa(c) && own >= c->sel_blocks ? (int)(own + 1 - c->sel_init_blocks - c->sel_local_blocks + w->team - 1) / max32(w->team, 1) : 0;
     plan_lists(w, &in->of[CMP], cmp, &in->of[WIN], win);
+    in->of[WIN].fresh = (int)(t % max64(c->window, 1));      // slots are used again
     plan_lists(w, &in->of[SLC], slc, NULL, 0);
     plan_lists(w, &in->of[CACHE_FULL], t + 1, NULL, 0);
     memcpy(in->tokens, tokens, (size_t)d->rows * sizeof(int));

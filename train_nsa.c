@@ -4995,8 +4995,9 @@ static inline int takes_all_blocks(int64_t T, int64_t n, int64_t sel_block) { re
 
 // Eq. 9 read geometrically: how many of the d-token pieces of compressed block i, which has `pieces` of them, lie in selection block j, which
 // has `per_block`.
-DEVICE static inline int64_t pieces_inside(int64_t i, int64_t j, int64_t pieces, int64_t per_block) {
-    return max64(0, min64(i + pieces, (j + 1) * per_block) - max64(i, j * per_block));
+DEVICE static inline int pieces_inside(int i, int j, int pieces, int per_block) {
+    const int begin = i > j * per_block ? i : j * per_block, end = i + pieces < (j + 1) * per_block ? i + pieces : (j + 1) * per_block;
+    return end > begin ? end - begin : 0;
 }
 
 // importance (blocks) of each selection block, from the weights of the `visible` compressed blocks, summed over the heads.
