@@ -1648,12 +1648,12 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
     for (int i = threadIdx.x * FOUR; begin + i < end; i += DECODE_THREADS * FOUR) {
         const int g = (begin + i) / DV;
         float4 y = make_float4(0, 0, 0, 0);
-        #pragma unroll 4
+        #pragma unroll 8
         for (int n = 0; n < p->groups; n++) {
             const float4 z = *(const float4 *)(partial + n * p->slice + i);
             y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
         }
-        #pragma unroll 4
+        #pragma unroll 8
         for (int n = 0; n < p->team; n++) {
             const float factor = tops[n * G + g].x;
             const float4 z = *(const float4 *)(told + n * p->slice + i);
@@ -2157,20 +2157,18 @@ static int choose_team(const DecodeShape *s, int64_t blocks) {
     double least = INFINITY;
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
     const int clusters = gpu.major >= 9 && compiled.ptxVersion >= 90;       // this GPU has them, and the code for it
-    const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes;
+    const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes, lists = (int64_t)s->rows * s->KV;
     if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
-        const int64_t bytes = plan_team(s, blocks, team).bytes, lists = (int64_t)s->rows * s->KV;
-        if (bytes > room) continue;
-        allow_rings(kernel, bytes);
+        const int64_t bytes = plan_team(s, blocks, team).bytes, half = max64(bytes, (int64_t)gpu.sharedMemPerBlockOptin / 2);      // the rest of a multiprocessor is the next kernel's
         cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, bytes, team);
-        int at_once = 0;
-        if (team == 1) at_once = (int)blocks_at_once(s->D);
-        else if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) (void)cudaGetLastError();   // none so large
+        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, half, team);
+        int at_once = gpu.multiProcessorCount;
+        if (bytes > room) continue;
+        allow_rings(kernel, half);
+        if (clusters && cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) at_once = 0, (void)cudaGetLastError();   // none so large
         if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = team;
     }
-    if (best) allow_rings(kernel, plan_team(s, blocks, best).bytes);
     return best;
 }
 
@@ -2185,7 +2183,10 @@ static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity)
         const int64_t blocks = most_selection_blocks(c, capacity), chosen = s.select.n * (int64_t)s.select.sel_block;
         if (w->fast && s.select.n <= CHOICE_GROUPS && chosen < QUOTIENTS && s.G * s.Dv * MOST_TEAM < QUOTIENTS) w->team = choose_team(&s, blocks);
         w->fast = w->team > 0;
-        if (w->fast) w->plan = plan_team(&s, blocks, w->team);
+        if (w->fast) {
+            w->plan = plan_team(&s, blocks, w->team);
+            allow_rings(selected_kernel_of(s.D), w->plan.bytes);
+        }
     }
     const int64_t together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS, at_once = w->fast ? blocks_at_once(s.D) : 2 * (int64_t)gpu.multiProcessorCount;
     w->splits = max32(has_nsa(c) ? 2 : 1, choose_splits((int64_t)rows * s.KV * ((s.G + together - 1) / together), at_once));

@@ -2,7 +2,7 @@
 Attention of one token that is decoded: dense, over all keys, and NSA's, over its three branches, with the choice and the sum.
 
     version 1   f32 and any shape: attend_kernel, select_kernel, merge_kernel
-    version 2   bf16 on tensor cores: dense fast_attend_kernel and merge_kernel, NSA fast_sparse_kernel alone, by teams of blocks of threads
+    version 2   bf16 on tensor cores: fast_attend_kernel, then dense merge_kernel, NSA fast_selected_kernel, by teams of blocks of threads
 
 The kernels are those of sample.c, and so is what launches them.
 
@@ -79,6 +79,7 @@ static const Case cases[] = {
     {3, 400, "--heads 4 --kv-heads 2 --head-dim 24 --v-head-dim 7 --cmp-block 4 --cmp-stride 2 --sel-block 8 --sel-blocks 6 --window 50"},
     {3, 1700, "--heads 10 --kv-heads 2 --head-dim 128 --preset paper --sel-blocks 8"},
     {1, 2011, "--heads 16 --kv-heads 1 --head-dim 64 --cmp-block 2 --cmp-stride 1 --sel-block 2 --sel-blocks 40"},      // more candidates than threads
+    {1, 140003, "--heads 2 --kv-heads 1 --head-dim 64 --cmp-block 2 --cmp-stride 1 --sel-block 2 --sel-blocks 40 --window 50"},     // that must be weighed in parts, and first thinned out
     {1, 300, "--heads 4 --kv-heads 2 --head-dim 64 --cmp-block 4 --cmp-stride 2 --sel-block 8 --sel-blocks 3 --window 50"},      // forced blocks only
 };
 
