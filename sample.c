@@ -377,8 +377,8 @@ void decode_token(Decoder *d, const int *tokens) {
 //     selection            which blocks the selection branch reads, from the scores of the compressed branch
 //
 // Weights and caches are F, float or bf16 (--dtype); everything else, the residual stream too, is f32. Attention, selection and compression
-// come in two tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (fast_decode), of which
-// one does all of a layer's sparse attention.
+// come in two tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (choose_tier): two
+// launches for a layer's sparse attention.
 //
 // Nothing is added by atomics, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
 
@@ -1751,8 +1751,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
 }
 
 // The linear maps of compression: x (members,K) · weight (outputs,K)ᵀ of a set; LAST: into the cache, else into `hidden`. A block of threads has
-// FAST_OUTPUTS of the lower half of the outputs and those that lie half of them further, which RoPE turns together; its warps share K.
-enum { FAST_OUTPUTS = 8, FAST_MEMBERS = 64, FAST_STEP = 32 };
+// FAST_OUTPUTS of the lower half of the outputs and those that lie half of them further, which RoPE turns together, for up to MMA_ROWS members; its warps share K.
+enum { FAST_OUTPUTS = 8, FAST_STEP = 32 };
 
 // Eight numbers; weights need not be aligned.
 __device__ static inline uint4 eight_of(const bf16 *x, int aligned) {
@@ -1769,51 +1769,46 @@ __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const 
     mma_16816(d, a[1], b[1]);
 }
 
+// This warp's share of K. d: of the lower half of the outputs and of the upper one.
+template <int ALIGNED>
+__device__ static inline void compress_products(float d[2][4], const bf16 *x, int rows, const bf16 *weight, int64_t half, int64_t K) {
+    const int low = lane() / 4;
+    #pragma unroll ALIGNED ? 8 : 1
+    for (int64_t k = threadIdx.x / WARP * FAST_STEP + lane() % 4 * 8; k < K; k += DECODE_WARPS * FAST_STEP) {
+        const uint4 none = {0, 0, 0, 0}, upper = low < rows ? eight_of(x + low * K + k, 1) : none, lower = low + 8 < rows ? eight_of(x + (low + 8) * K + k, 1) : none;
+        for (int n = 0; n < 2; n++) mma_of_eights(d[n], upper, lower, eight_of(weight + (n * half + low) * K + k, ALIGNED));
+    }
+}
+
 template <int LAST>
 __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
-    __shared__ float sums[DECODE_WARPS][FAST_MEMBERS][2 * FAST_OUTPUTS];
+    __shared__ float sums[DECODE_WARPS][MMA_ROWS][2 * FAST_OUTPUTS];
     const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], outputs = LAST ? D : 2 * D, half = outputs / 2;
-    const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, conv = a.kind == COMPRESS_CONV1D;
-    const int64_t K = LAST && !conv ? 2 * D : a.block * D;
-    const bf16 *x = (LAST && !conv ? a.hidden[v] : a.flat[v]) + set * a.members * K;
+    const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, m0 = blockIdx.z * MMA_ROWS, rows = min32(MMA_ROWS, a.members - m0), conv = a.kind == COMPRESS_CONV1D;
+    const int64_t K = LAST && !conv ? 2 * D : a.block * D, place = (int64_t)set * a.members + m0;
+    const bf16 *x = (LAST && !conv ? a.hidden[v] : a.flat[v]) + place * K;
     const bf16 *weight = (!LAST ? a.matrices[v].fc1 : conv ? a.matrices[v].conv : a.matrices[v].fc2) + ((int64_t)set * outputs + c0) * K;
     const float *bias = (!LAST ? a.weights[v].fc1_bias : conv ? a.weights[v].conv_bias : a.weights[v].fc2_bias) + set * outputs + c0;
-    const int there = c0 < half, aligned = (uintptr_t)weight % 16 == 0;
+    const int there = c0 < half;
     for (int n = 0; n < 2 && there; n++) prefetch_row(weight + (n * half + warp) * K, K);
     wait_for_previous();
     if (!there) return;
-    for (int m0 = 0; m0 < a.members; m0 += FAST_MEMBERS) {
-        const int rows = min32(FAST_MEMBERS, a.members - m0);
-        float d[FAST_MEMBERS / MMA_ROWS][2][4] = {{{0}}};
-        #pragma unroll 2
-        for (int64_t k = warp * FAST_STEP + lane() % 4 * 8; k < K; k += DECODE_WARPS * FAST_STEP) {
-            const uint4 right[2] = {eight_of(weight + low * K + k, aligned), eight_of(weight + (half + low) * K + k, aligned)}, none = {0, 0, 0, 0};
-            #pragma unroll
-            for (int i = 0; i < FAST_MEMBERS / MMA_ROWS; i++) {
-                const int m = i * MMA_ROWS + low;
-                if (i * MMA_ROWS >= rows) continue;
-                const uint4 upper = m < rows ? eight_of(x + (m0 + m) * K + k, 1) : none, lower = m + 8 < rows ? eight_of(x + (m0 + m + 8) * K + k, 1) : none;
-                for (int n = 0; n < 2; n++) mma_of_eights(d[i][n], upper, lower, right[n]);
-            }
-        }
-        #pragma unroll
-        for (int i = 0; i < FAST_MEMBERS / MMA_ROWS; i++)
-            #pragma unroll
-            for (int e = 0; e < 8; e++) sums[warp][i * MMA_ROWS + low + e % 4 / 2 * 8][e / 4 * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[i][e / 4][e % 4];
-        __syncthreads();
-        for (int i = threadIdx.x; i < rows * FAST_OUTPUTS; i += DECODE_THREADS) {
-            const int m = i / FAST_OUTPUTS, c = i % FAST_OUTPUTS;
-            float y = bias[c], z = bias[half + c];
-            for (int w = 0; w < DECODE_WARPS; w++) y += sums[w][m][c], z += sums[w][m][FAST_OUTPUTS + c];
-            if (LAST) {
-                cache_compressed(&a, v, set, m0 + m, c0 + c, 1, y, z);
-            } else {
-                bf16 *to = a.hidden[v] + ((int64_t)set * a.members + m0 + m) * outputs + c0 + c;
-                to[0] = (bf16)gelu(y);
-                to[half] = (bf16)gelu(z);
-            }
-        }
-        __syncthreads();        // before the next members' sums take their place
+    float d[2][4] = {{0}};
+    if ((uintptr_t)weight % 16 == 0) compress_products<1>(d, x, rows, weight, half, K);
+    else compress_products<0>(d, x, rows, weight, half, K);
+    #pragma unroll
+    for (int e = 0; e < 8; e++) sums[warp][low + e % 4 / 2 * 8][e / 4 * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[e / 4][e % 4];
+    __syncthreads();
+    const int m = threadIdx.x / FAST_OUTPUTS, c = threadIdx.x % FAST_OUTPUTS;
+    if (m >= rows) return;
+    float y = bias[c], z = bias[half + c];
+    for (int w = 0; w < DECODE_WARPS; w++) y += sums[w][m][c], z += sums[w][m][FAST_OUTPUTS + c];
+    if (LAST) {
+        cache_compressed(&a, v, set, m0 + m, c0 + c, 1, y, z);
+    } else {
+        bf16 *to = a.hidden[v] + (place + m) * outputs + c0 + c;
+        to[0] = (bf16)gelu(y);
+        to[half] = (bf16)gelu(z);
     }
 }
 
@@ -1950,8 +1945,9 @@ static void compress_step(Decoder *d, int layer) {
     launch(a->stream, flatten_kernel<F>, dim3((unsigned)lists, grid(c->cmp_block * most, THREADS), 2), THREADS, 0, step);
     if constexpr (std::is_same<F, bf16>::value)
         if (a->fast && compress_has_weights(c->compress)) {
-            if (compress_hidden(c->compress, D)) launch(a->stream, fast_compress_kernel<0>, dim3(grid(most, FAST_OUTPUTS), 2 * (unsigned)sets), DECODE_THREADS, 0, step);
-            launch(a->stream, fast_compress_kernel<1>, dim3(grid(most / 2, FAST_OUTPUTS), 2 * (unsigned)sets), DECODE_THREADS, 0, step);
+            const unsigned members = grid(step.members, MMA_ROWS);
+            if (compress_hidden(c->compress, D)) launch(a->stream, fast_compress_kernel<0>, dim3(grid(most, FAST_OUTPUTS), 2 * (unsigned)sets, members), DECODE_THREADS, 0, step);
+            launch(a->stream, fast_compress_kernel<1>, dim3(grid(most / 2, FAST_OUTPUTS), 2 * (unsigned)sets, members), DECODE_THREADS, 0, step);
             return;
         }
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
