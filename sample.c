@@ -914,8 +914,11 @@ __global__ void attend_kernel(AttendCall a) {
     extern __shared__ float shared[];
     __shared__ float top[HEADS], sum[HEADS], shrink[HEADS];
     __shared__ int64_t slot[WARP];      // where the keys of the tile lie
-    wait_for_previous();
     const DecodeShape *s = &a.s;
+    const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
+    const Stretch x = stretch_of(&a.input->of[kind], share);
+    wait_for_previous();
+    if (x.from >= x.to) return;
     const int D = s->D, Dv = s->Dv, G = s->G, groups = (G + HEADS - 1) / HEADS, warp = threadIdx.x / WARP;
     const int64_t list = blockIdx.x / groups, g0 = blockIdx.x % groups * HEADS;
     const int heads = (int)min64(HEADS, G - g0);
@@ -926,9 +929,6 @@ __global__ void attend_kernel(AttendCall a) {
         q[c * HEADS_ROW + g] = g < heads ? a.q[list / s->KV * a.q_row + (list % s->KV * G + g0 + g) * D + c] * scale : 0;
     }
 
-    const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
-    const Stretch x = stretch_of(&a.input->of[kind], share);
-    if (x.from >= x.to) return;
     const KeyCache *cache = &a.cache.branch[branch];
     const F *k = (const F *)cache->k + list * cache->slots * D, *v = (const F *)cache->v + list * cache->slots * Dv;
     const int *idx = kind == SLC ? a.block_idx + list * s->select.n : NULL;
@@ -1635,7 +1635,7 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
     #pragma unroll 1
     for (int r0 = 0; r0 < heads; r0 += DECODE_THREADS / MOST_TEAM) {
         const int r = r0 + threadIdx.x / MOST_TEAM, g = head0 + min32(r, heads - 1), n = threadIdx.x % MOST_TEAM;
-        const float2 none = {NO_TOP, 0}, x = n < p->team ? tops[n * G + g] : none;
+        const float2 none = {NO_TOP, 0}, x = n < p->team && r < heads ? tops[n * G + g] : none;
         float highest = x.x;
         for (int step = 1; step < MOST_TEAM; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
         const float weight = power_of_2(x.x - highest);
