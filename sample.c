@@ -397,7 +397,7 @@ typedef struct Reading {
 typedef struct Input {              // of the token to come
     int64_t position;
     Reading of[CACHE_KINDS];
-    int blocks, own;                // that begin before its end; of those to choose of a member of a team has so many, 0: there is no choice
+    int blocks, own;                // selection blocks up to its own; so many of them a member of a team has to choose of, 0: there is no choice
     int tokens[];                   // (rows)
 } Input;
 
@@ -1214,7 +1214,7 @@ __device__ static inline void fetch_step(bf16 *ring, const BlockKeys *x, int ste
 // The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that the fresh one, which is waited for.
 template <int D, int DV>
 __device__ static inline void fetch_first(bf16 *ring, const BlockKeys *x) {
-    #pragma unroll 1        // as most loops here: code that runs once comes from memory, too
+    #pragma unroll 1        // as most loops here: code that runs once has to come from memory
     for (int step = 0; step < KeyRing<D, DV>::SLOTS - 1; step++) {
         if (is_step(x, step) && !fresh_in(x, step)) fetch_step<D, DV>(ring, x, step, step);
         cp_async_commit();
@@ -1373,7 +1373,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
 // ----------------------------------------------------------------------------
 // Behind it fast_selected_kernel, by teams: a team has a list. A member finds the importance of its share of the blocks, offers the best of them to all others,
 // reads its share of the blocks that are chosen, and tells each member what it has summed up of the heads, a slice of (G,DV), that this one adds up over
-// all branches and members. Nearly all of its code runs once, and comes from memory: fewer instructions are more than fewer steps.
+// all branches and members. Nearly all of its code runs once, with few warps, so that each
+// instruction waits for the one before it: what the host can know is not worked out here.
 
 static int listed_candidates(int places, int own) { return max32(DECODE_THREADS, places * (own / CHOICE_GROUPS + 1)); }
 
