@@ -397,7 +397,7 @@ typedef struct Reading {
 typedef struct Input {              // of the token to come
     int64_t position;
     Reading of[CACHE_KINDS];
-    int blocks, own;                // selection blocks up to its own; so many of them a member of a team has to choose of, 0: there is no choice
+    int blocks, each;               // selection blocks up to its own; so many of those to choose of a member of a team has at most, 0: there is no choice
     int tokens[];                   // (rows)
 } Input;
 
@@ -407,14 +407,14 @@ typedef struct Shares { float *top, *sum, *out; } Shares;
 // For a team of blocks of threads that make the choice of a list and read what is chosen (fast_selected_kernel): what follows from its shape, and where things stand in a
 // member's dynamic shared memory, in bytes.
 typedef struct TeamPlan {
-    int team, places;
+    int team, places;                   // members of a team, 0: none fits; blocks that are chosen by their importance
     int slice, across, groups;          // numbers of out that a member adds up; threads that have them by fours, in so many groups
     int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
     float per_slice, per_across, per_key;   // 1 / slice, 1 / across, 1 / sel_block
-    // The choice has in the rings' place candidates, at 0, then weights of the compressed blocks near to some of its selection blocks, and the importance of all of these
+    // The choice has in the ring's place candidates, at 0, then weights of the compressed blocks near to some of its selection blocks, and the importance of all of these
     int near, importance;
-    // Behind the rings. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; tops: (team,G) pairs of top, in units of
-    // log2, and sum; offered: (places,MOST_TEAM) candidates; lse: (2,G) of the compressed branch and the window; gates: (G,3)
+    // Behind the ring. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; tops: (team,G) pairs of top, in units of
+    // log2, and sum; offered: (places,MOST_TEAM) candidates; arrived: (LETTERS) barriers; lse: (2,G) of the compressed branch and the window; gates: (G,3)
     int partial, told, tops, offered, arrived, lse, gates;
     int bytes;
 } TeamPlan;
@@ -427,8 +427,7 @@ typedef struct Working {
     int64_t least_free_bytes;       // since then
     int fast;                       // the tier
     int splits;                     // the most shares of a launch's keys
-    int team;                       // blocks of threads that choose for a list and read what is chosen, in the fast tier
-    TeamPlan plan;
+    TeamPlan plan;                  // of the fast tier's sparse attention
     void *memory;                   // of all that follows, on the GPU
     Input *device_input;
     double *frequency;              // (D/2) RoPE: what a pair turns by from one position to the next
@@ -1085,7 +1084,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
     __shared__ int counts[2][WARP];
     wait_for_previous();
     const SelectShape *sel = &s.select;
-    const int64_t list = blockIdx.x, blocks = input->position / sel->sel_block + 1, first = sel->n_init, last = blocks - sel->n_local;
+    const int64_t list = blockIdx.x, blocks = input->blocks, first = sel->n_init, last = blocks - sel->n_local;
     const int warp = threadIdx.x / WARP, visible = input->of[CMP].keys;
     int *idx = block_idx + list * sel->n;
     if (blocks <= sel->n) {             // no choice to make
@@ -1211,7 +1210,7 @@ __device__ static inline void fetch_step(bf16 *ring, const BlockKeys *x, int ste
     else fetch_tile_of<D>(to + tile * D, x->k, x, k0);
 }
 
-// The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that the fresh one, which is waited for.
+// The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that fetch_fresh brings the tile, and waits for it.
 template <int D, int DV>
 __device__ static inline void fetch_first(bf16 *ring, const BlockKeys *x) {
     #pragma unroll 1        // as most loops here: code that runs once has to come from memory
@@ -1393,7 +1392,7 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     int none, *at[] = {&none, &p.near, &p.importance, &none, &p.partial, &p.told, &p.tops, &p.offered, &p.arrived, &p.lse, &p.gates};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
-        if (at[i] == &none && i) used = max64(used, ring_bytes(s->D));      // behind the rings
+        if (at[i] == &none && i) used = max64(used, ring_bytes(s->D));      // behind the ring
         *at[i] = (int)min64(used, INT_MAX);
         used = round_up(used + sizes[i], (int64_t)sizeof(float4));
     }
@@ -1450,6 +1449,9 @@ __device__ static inline void add_weights(float4 *sum, const FourScores &x, cons
         *sum = make_float4(sum->x + power_of_2(x.of[n].x - less), sum->y + power_of_2(x.of[n].y - less), sum->z + power_of_2(x.of[n].z - less), sum->w + power_of_2(x.of[n].w - less));
     }
 }
+
+// y += factor · x
+__device__ static inline void add_times(float4 *y, float factor, float4 x) { *y = make_float4(y->x + factor * x.x, y->y + factor * x.y, y->z + factor * x.z, y->w + factor * x.w); }
 
 // A candidate for a choice as one number: the higher the importance the higher, and of equals the lower index. None is 0.
 __device__ static inline uint64_t candidate(int j, float importance) { return (uint64_t)__float_as_uint(importance) << 32 | (uint32_t)~j; }
@@ -1548,6 +1550,7 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
         float4 sum = make_float4(0, 0, 0, 0);
         #pragma unroll 1
         for (int i0 = from, g0 = odd; i0 < x.to;) {
+            // the next scores, of more heads or of more blocks, are asked for before these are used
             const int next_heads = g0 + MMA_ROWS < G + odd, next_i0 = next_heads ? i0 : i0 + DECODE_THREADS / 2 * FOUR, next_g0 = next_heads ? g0 + MMA_ROWS : odd;
             FourScores next = four;
             if (next_i0 < x.to) next = ask_scores(scores, row, last_four(next_i0, x.to), next_g0, G);
@@ -1611,17 +1614,11 @@ __device__ static inline void merge_first(char *memory, const TeamPlan *p, const
         if (i == i0)
             #pragma unroll
             for (int k = 0; k < EARLY; k++, n += p->groups)
-                if (n < all) {
-                    const float factor = share_factor(memory, p, a, g, n, compressed, asked.top[k]);
-                    const float4 z = asked.of[k];
-                    y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
-                }
+                if (n < all) add_times(&y, share_factor(memory, p, a, g, n, compressed, asked.top[k]), asked.of[k]);
         #pragma unroll 2
         for (; n < all; n += p->groups) {
             const int share = share_of(a, list * a->s.G + g, n, compressed);
-            const float4 z = *(const float4 *)(a->parts.out + (int64_t)share * DV + (begin + i) % DV);
-            const float factor = share_factor(memory, p, a, g, n, compressed, a->parts.top[share]);
-            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
+            add_times(&y, share_factor(memory, p, a, g, n, compressed, a->parts.top[share]), *(const float4 *)(a->parts.out + (int64_t)share * DV + (begin + i) % DV));
         }
         *(float4 *)((float *)(memory + p->partial) + group * p->slice + i) = y;
     }
@@ -1650,16 +1647,9 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
         const int g = (begin + i) / DV;
         float4 y = make_float4(0, 0, 0, 0);
         #pragma unroll 8
-        for (int n = 0; n < p->groups; n++) {
-            const float4 z = *(const float4 *)(partial + n * p->slice + i);
-            y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
-        }
+        for (int n = 0; n < p->groups; n++) add_times(&y, 1, *(const float4 *)(partial + n * p->slice + i));
         #pragma unroll 8
-        for (int n = 0; n < p->team; n++) {
-            const float factor = tops[n * G + g].x;
-            const float4 z = *(const float4 *)(told + n * p->slice + i);
-            y = make_float4(y.x + factor * z.x, y.y + factor * z.y, y.z + factor * z.z, y.w + factor * z.w);
-        }
+        for (int n = 0; n < p->team; n++) add_times(&y, tops[n * G + g].x, *(const float4 *)(told + n * p->slice + i));
         *(float4 *)(a->out + (int64_t)list * G * DV + begin + i) = y;
     }
 }
@@ -1679,7 +1669,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     const int bytes[LETTERS] = {team * p.places * (int)sizeof(uint64_t), team * ((end - begin) * (int)sizeof(float) + G * (int)sizeof(float2))};
     uint64_t *arrived = (uint64_t *)(memory + p.arrived);
     team_begin(arrived, bytes);
-    const int blocks = a.input->blocks, each = a.input->own, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
+    const int blocks = a.input->blocks, each = a.input->each, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const float *scores = a.scores + (int64_t)head0 * row;
     const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
     const Stretch all = {0, a.input->of[SLC].keys};
@@ -1905,7 +1895,12 @@ static void plan_token(Decoder *d, const int *tokens) {
     const int64_t slc = own < c->sel_blocks ? t + 1 : (c->sel_blocks - 1) * (int64_t)c->sel_block + t % c->sel_block + 1;
     in->position = t;
     in->blocks = (int)own + 1;
-    in->own = has_nsa(c) && own >= c->sel_blocks ? (int)(own + 1 - c->sel_init_blocks - c->sel_local_blocks + w->team - 1) / max32(w->team, 1) : 0;
+    in->each = 0;
+    if (w->fast && has_nsa(c)) {
+        const SelectShape sel = select_shape(c);
+        const int64_t end = choice_end(t, &sel);
+        if (end) in->each = (int)((end - sel.n_init + w->plan.team - 1) / w->plan.team);
+    }
     plan_lists(w, &in->of[CMP], cmp, &in->of[WIN], win);
     in->of[WIN].fresh = (int)(t % max64(c->window, 1));      // slots are used again
     plan_lists(w, &in->of[SLC], slc, NULL, 0);
@@ -1989,7 +1984,7 @@ static void decode_branches(Decoder *d, int layer, int completes) {
     } else {
         launch_attend<F>(w, a, CMP, WIN);
         if (w->fast) {
-            launch_teams(w->stream, selected_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->team), DECODE_THREADS, w->plan.bytes, w->team, a, w->plan);
+            launch_teams(w->stream, selected_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->plan.team), DECODE_THREADS, w->plan.bytes, w->plan.team, a, w->plan);
             return;
         }
         launch_choice(d, layer);
@@ -2146,26 +2141,28 @@ static void allow_rings(Kernel *kernel, int64_t bytes) {
 // Blocks of threads that fit on the GPU at the same time.
 static int64_t blocks_at_once(int D) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(D)) * gpu.multiProcessorCount; }
 
-// How large a team is: a power of two; 0: none fits.
-static int choose_team(const DecodeShape *s, int64_t blocks) {
+// How large a team is: a power of two.
+static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
     SelectedKernel *kernel = selected_kernel_of(s->D);
     cudaFuncAttributes compiled;
-    int best = 0;
+    TeamPlan best = {};
     double least = INFINITY;
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
     const int clusters = gpu.major >= 9 && compiled.ptxVersion >= 90;       // this GPU has them, and the code for it
     const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes, lists = (int64_t)s->rows * s->KV;
     if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
-        const int64_t bytes = plan_team(s, blocks, team).bytes, half = max64(bytes, (int64_t)gpu.sharedMemPerBlockOptin / 2);      // the rest of a multiprocessor is the next kernel's
+        const TeamPlan plan = plan_team(s, blocks, team);
+        const int64_t half = max64(plan.bytes, (int64_t)gpu.sharedMemPerBlockOptin / 2);      // the rest of a multiprocessor is the next kernel's
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, half, team);
         int at_once = gpu.multiProcessorCount;
-        if (bytes > room) continue;
+        if (plan.bytes > room) continue;
         allow_rings(kernel, half);
         if (clusters && cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) at_once = 0, (void)cudaGetLastError();   // none so large
-        if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = team;
+        if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = plan;
     }
+    if (best.team) allow_rings(kernel, best.bytes);
     return best;
 }
 
@@ -2175,15 +2172,11 @@ static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity)
     device_open();
     const DecodeShape s = shape_of_config(c, 0, rows, 1);
     w->fast = tier_of_model(c) != TIER_SIMPLE;
-    w->team = 0;
+    w->plan = {};
     if (has_nsa(c)) {
-        const int64_t blocks = most_selection_blocks(c, capacity), chosen = s.select.n * (int64_t)s.select.sel_block;
-        if (w->fast && s.select.n <= CHOICE_GROUPS && chosen < QUOTIENTS && s.G * s.Dv * MOST_TEAM < QUOTIENTS) w->team = choose_team(&s, blocks);
-        w->fast = w->team > 0;
-        if (w->fast) {
-            w->plan = plan_team(&s, blocks, w->team);
-            allow_rings(selected_kernel_of(s.D), w->plan.bytes);
-        }
+        const int64_t chosen = s.select.n * (int64_t)s.select.sel_block;
+        if (w->fast && s.select.n <= CHOICE_GROUPS && chosen < QUOTIENTS && s.G * s.Dv * MOST_TEAM < QUOTIENTS) w->plan = choose_team(&s, most_selection_blocks(c, capacity));
+        w->fast = w->plan.team > 0;
     }
     const int64_t together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS, at_once = w->fast ? blocks_at_once(s.D) : 2 * (int64_t)gpu.multiProcessorCount;
     w->splits = max32(has_nsa(c) ? 2 : 1, choose_splits((int64_t)rows * s.KV * ((s.G + together - 1) / together), at_once));

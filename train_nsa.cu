@@ -1752,7 +1752,7 @@ __global__ void select_weights_kernel(float *weights, const F *q, const F *k, co
 __device__ static inline float importance_of(const float *weights, int j, int visible, int pieces, int per_block) {
     const int end = min32((j + 1) * per_block, visible);
     float sum = 0;
-    for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += weights[i] * (float)(int)pieces_inside(i, j, pieces, per_block);
+    for (int i = max32(0, j * per_block - pieces + 1); i < end; i++) sum += weights[i] * (float)pieces_inside(i, j, pieces, per_block);
     return sum;
 }
 __device__ static inline float importance_of(const float *weights, int j, int visible, const SelectShape *sel) {

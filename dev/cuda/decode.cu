@@ -183,7 +183,7 @@ static void check_case(const Case *x, int version) {
     }
     const double error = sqrt(difference / norm);
     printf("version %d%s, %d x %4d, %s: error %.1e, %d shares, teams of %d\n", version, version == 2 && !d.work->fast ? " (simple)" : "", rows, x->T, x->options, error,
-           d.work->splits, d.work->team);
+           d.work->splits, d.work->plan.team);
     check(error < (d.work->fast ? BF16_ERROR : F32_ERROR), "version %d, %d x %d, %s: error %.2e", version, rows, x->T, x->options, error);
     float *all[] = {q, gates, got, p, importance, (float *)out, (float *)idx};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
@@ -295,7 +295,7 @@ static double bench_kind(int version, const char *kind, int64_t T, int rows, int
     if (d.work->fast) fill_normal(d.work->queries, (int64_t)rows * H * D, 1u << 22);
     fill_normal(d.work->gates, (int64_t)rows * H * BRANCHES, 1u << 21);
 
-    printf("version %d, %s: %s tier, %d shares, teams of %d, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, d.work->team, count, human_bytes((double)held));
+    printf("version %d, %s: %s tier, %d shares, teams of %d, %d caches of %s\n", version, nsa ? "NSA" : "dense", d.work->fast ? "fast" : "simple", d.work->splits, d.work->plan.team, count, human_bytes((double)held));
     const auto time = [&](int completes) { return graph_us<F>(&d, caches, count, [&] { decode_branches<F>(&d, 0, completes); }); };
     double us = time(0);
     report(nsa ? "a token" : "a token, dense", us, *bytes, rate);
