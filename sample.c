@@ -404,18 +404,25 @@ typedef struct Input {              // of the token to come
 // The shares of attention before they are merged: branch, row, head, split. Maximum of the scores, sum of exp, sum of exp · value.
 typedef struct Shares { float *top, *sum, *out; } Shares;
 
+// What fast_attend_kernel leaves of each tile of TILE_KEYS compressed keys for the choice: 2^score of MMA_ROWS heads, over their highest score in the block of threads so far,
+// which is `top`, in units of log2. of: (rows,KV,groups,tiles,TILE_KEYS,MMA_ROWS) numbers of 16 bits, 11 of them digits, times 2^LEFT_SHIFT; top (rows,KV,groups,tiles,MMA_ROWS).
+// Heads stand as a lane has them: 0, 8, 1, 9, ..
+typedef struct HeadWeights { uint4 *of; float *top; } HeadWeights;
+
 // For a team of blocks of threads that make the choice of a list and read what is chosen (fast_selected_kernel): what follows from its shape, and where things stand in a
 // member's dynamic shared memory, in bytes.
 typedef struct TeamPlan {
     int team, places;                   // members of a team, 0: none fits; blocks that are chosen by their importance
     int slice, across, groups;          // numbers of out that a member adds up; threads that have them by fours, in so many groups
     int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
+    int guesses;                        // of its best blocks that a member fetches before it knows what is chosen: half of those that it may expect
     float per_slice, per_across, per_key;   // 1 / slice, 1 / across, 1 / sel_block
-    // The choice has in the ring's place candidates, at 0, then weights of the compressed blocks near to some of its selection blocks, and the importance of all of these
-    int near, importance;
-    // Behind the ring. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; tops: (team,G) pairs of top, in units of
-    // log2, and sum; offered: (places,MOST_TEAM) candidates; arrived: (LETTERS) barriers; lse: (2,G) of the compressed branch and the window; gates: (G,3)
-    int partial, told, tops, offered, arrived, lse, gates;
+    // The choice has in the ring's place its best candidates, at 0, those it finds them among, then weights of the compressed blocks near to some of its selection blocks,
+    // and the importance of all of these
+    int candidates, near, importance;
+    // Behind the ring. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; sums: (team,G) pairs of top, in units of
+    // log2, and sum of weights; offered: (places,MOST_TEAM) candidates; arrived: (LETTERS) barriers; lse: (2,G) of the compressed branch and the window; gates: (G,3)
+    int partial, told, sums, offered, arrived, lse, gates;
     int bytes;
 } TeamPlan;
 
@@ -436,8 +443,9 @@ typedef struct Working {
     float *wide, *gates;            // (rows,wide), (rows,H,3)
     bf16 *queries;                  // (rows,H,D) turned, for the fast tier
     void *flat[2], *hidden[2];      // F (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
-    float *scores;                  // (rows,H,score_row) of the compressed branch
-    float *importance;              // (rows,KV,blocks); this and the choice only by the simple tier
+    HeadWeights heads;              // of the compressed branch, for the fast tier's choice
+    float *scores;                  // (rows,H,score_row) of the compressed branch; this, importance and choice are the simple tier's
+    float *importance;              // (rows,KV,blocks)
     int *block_idx;                 // (rows,KV,n)
     Shares parts;
     float *attention;               // (rows,H,Dv)
@@ -471,12 +479,14 @@ enum { OFFERED, SUMMED, LETTERS };
 
 #ifdef CUDA_ON_CPU
 static inline void let_next_come(void) {}
+static inline void wait_only(void) {}
 static inline void wait_for_previous(void) {}
 static inline void team_begin(uint64_t *, const int *) {}
 static inline void team_there(void) { emu_cluster_barrier(); }
 template <typename X> static inline void tell(X *x, X y, uint64_t *, int member) { *(X *)emu_of_block(x, member) = y; }
 static inline void told(uint64_t *) { emu_cluster_barrier(); }
 static inline void prefetch(const void *) {}
+static inline void prefetch_bytes(const void *, int) {}
 static inline uint64_t read_once(void) { return 0; }
 static inline void cp_async_16_once(void *to, const void *from, int filled, uint64_t) { cp_async_16(to, from, filled); }
 #else
@@ -485,11 +495,14 @@ __device__ static inline void let_next_come(void) {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-__device__ static inline void wait_for_previous(void) {
-    let_next_come();
+__device__ static inline void wait_only(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ static inline void wait_for_previous(void) {
+    let_next_come();
+    wait_only();
 }
 // So many bytes are going to come.
 __device__ static inline void team_begin(uint64_t *arrived, const int bytes[LETTERS]) {
@@ -533,7 +546,13 @@ __device__ static inline void told(uint64_t *arrived) {
 }
 // Into the L2 cache: for weights, which nobody writes, before the wait.
 __device__ static inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// As cp_async_16, for what is read once: it is the first to leave the L2 cache, where the scores must stay until all keys have been read.
+// The same of so many bytes, a multiple of 16.
+__device__ static inline void prefetch_bytes(const void *p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
+#endif
+}
+// As cp_async_16, for what is read once: it is the first to leave the L2 cache, where the weights must stay until all keys have been read.
 __device__ static inline uint64_t read_once(void) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -893,6 +912,7 @@ typedef struct AttendCall {
     LayerCache cache;
     const int *block_idx;       // of the simple tier
     float *scores;              // (rows,H,score_row), for the compressed branch
+    HeadWeights heads;          // of it, the fast tier's
     Shares parts;
     const float *gates;         // (rows,H,3)
     float *out;                 // (rows,H,Dv), of the fast tier's sparse attention, which merges for itself
@@ -1133,6 +1153,13 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 
 enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
+enum { TILE_CHUNKS = TILE_KEYS * MMA_ROWS / 8, LEFT_SHIFT = 15, TILES_AHEAD = 4 };       // of the weights that are left for the choice
+
+DEVICE static inline int64_t weight_tiles(int64_t keys) { return (keys + TILE_KEYS - 1) / TILE_KEYS; }
+DEVICE static inline HeadWeights weights_of(const HeadWeights *x, int64_t group, int64_t tiles) {
+    const HeadWeights of = {x->of + group * tiles * TILE_CHUNKS, x->top + group * tiles * MMA_ROWS};
+    return of;
+}
 
 // A block's ring in shared memory: each of the SLOTS takes the keys (ROUND_KEYS,D) or the values (ROUND_KEYS,DV) of a round. Two blocks fit on a multiprocessor at
 // D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends.
@@ -1262,9 +1289,9 @@ template <int DV> struct BlockSums { static constexpr int TILES = DV / 8 / DECOD
 // What the warps of a block tell each other in a round: highest scores, and weights (MMA_ROWS,ROUND_KEYS).
 typedef struct Round { float top[MMA_ROWS][DECODE_WARPS]; uint4 weights[MMA_ROWS * ROUND_KEYS / 8]; } Round;
 
-// A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. scores: or NULL, (heads,row), in units of log2.
+// A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. left: where they are left, or NULLs.
 template <int D, int DV>
-__device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *round, const BlockKeys *x, bf16 *queries, float *scores, int row, int heads) {
+__device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *round, const BlockKeys *x, bf16 *queries, HeadWeights left) {
     typedef KeyRing<D, DV> R;
     const int low = lane() / 4, pair = lane() % 4 * 2, warp = threadIdx.x / WARP;
     const float scale2 = 1 / sqrtf((float)D) * LOG2E;
@@ -1285,8 +1312,7 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
         for (int i = 0; i < TILE_KEYS / 8; i++)
             #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int key = k0 + i * 8 + pair + e % 2, head = low + e / 2 * 8;
-                if (scores && e % 2 == 0 && key < x->end && head < heads) *(float2 *)(scores + (int64_t)head * row + key) = make_float2(p[i][e] * scale2, p[i][e + 1] * scale2);
+                const int key = k0 + i * 8 + pair + e % 2;
                 p[i][e] = key < x->end ? p[i][e] * scale2 : NO_TOP;
             }
         #pragma unroll
@@ -1305,8 +1331,18 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
             for (int n = 0; n < BlockSums<DV>::TILES; n++) y->o[n][i * 2] *= shrink, y->o[n][i * 2 + 1] *= shrink;
             sums[i * 2] *= shrink;
             #pragma unroll
+            for (int n = 0; n < TILE_KEYS / 8; n++) {
+                for (int e = i * 2; e < i * 2 + 2; e++) p[n][e] = power_of_2(p[n][e] - higher);
+                *(unsigned *)(chunk_of<ROUND_KEYS>(weights, low + i * 8, warp * (TILE_KEYS / 8) + n) + pair) = two_bf16(p[n][i * 2], p[n][i * 2 + 1]);
+            }
+        }
+        if (left.of && k0 < x->end) {
+            constexpr float ONE = 1 << LEFT_SHIFT;
+            unsigned *to = (unsigned *)(left.of + k0 / TILE_KEYS * TILE_CHUNKS) + low;
+            #pragma unroll
             for (int n = 0; n < TILE_KEYS / 8; n++)
-                *(unsigned *)(chunk_of<ROUND_KEYS>(weights, low + i * 8, warp * (TILE_KEYS / 8) + n) + pair) = two_bf16(power_of_2(p[n][i * 2] - higher), power_of_2(p[n][i * 2 + 1] - higher));
+                for (int e = 0; e < 2; e++) to[(n * 8 + pair + e) * (MMA_ROWS / 2)] = two_f16(ONE * p[n][e], ONE * p[n][e + 2]);
+            if (lane() % 4 == 0) *(float2 *)(left.top + k0 + low * 2) = make_float2(y->top[0], y->top[1]);
         }
         cp_async_wait<R::SLOTS - 2>();
         __syncthreads();
@@ -1334,7 +1370,7 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
     for (int i = 0; i < 2; i++) y->sum[i] = sums[i * 2];
 }
 
-// Dense attention, or that of two branches, whose lists have splits of their own; with the scores of the compressed one. grid: (row, kv, group of heads), split
+// Dense attention, or that of two branches, whose lists have splits of their own; with the weights of the compressed one. grid: (row, kv, group of heads), split
 template <int D, int DV>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_kernel(AttendCall a) {
     extern __shared__ uint4 fast_shared[];
@@ -1343,7 +1379,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
     const DecodeShape *s = &a.s;
     const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
     const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
-    const int64_t slots = a.cache.branch[branch].slots, head0 = (int64_t)list * G + g0, row = score_row(slots);
+    const int64_t head0 = (int64_t)list * G + g0;
+    const HeadWeights none = {NULL, NULL}, left = kind == CMP ? weights_of(&a.heads, blockIdx.x, weight_tiles(a.cache.branch[CMP].slots)) : none;
     const Stretch stretch = stretch_of(&a.input->of[kind], share);
     bf16 *ring = (bf16 *)fast_shared;
     const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, a.input->of[kind].fresh, 0, 1, NULL, 0);
@@ -1356,7 +1393,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
     fetch_fresh<D, DV>(ring, &keys);
     __syncthreads();
     BlockSums<DV> y;
-    attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, kind == CMP ? a.scores + head0 * row : NULL, (int)row, heads);
+    attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, left);
     phase(ATTENDED);
     for (int i = 0; i < 2; i++) {
         const int head = lane() / 4 + i * 8;
@@ -1383,13 +1420,15 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     const int own = (int)((blocks + team - 1) / team), places = max32(free_places(sel), 0), slice = in_fours((s->G * s->Dv + team - 1) / team);
     TeamPlan p;
     p.team = team, p.places = places;
+    p.guesses = team > 1 ? places / (2 * team) : 0;
     p.slice = slice, p.across = min32(slice / FOUR, DECODE_THREADS), p.groups = DECODE_THREADS / p.across;
     p.per_block = sel->sel_block / sel->cmp_stride, p.pieces = sel->cmp_block / sel->cmp_stride, p.at_once = max32(1, min32(own, CHOICE_WEIGHTS / p.per_block));
     p.per_slice = 1 / (float)p.slice, p.per_across = 1 / (float)p.across, p.per_key = 1 / (float)sel->sel_block;
-    const int64_t sizes[] = {listed_candidates(places, own) * (int64_t)sizeof(uint64_t), (p.at_once * (int64_t)p.per_block + p.pieces + 2 * FOUR) * (int64_t)sizeof(float), own * (int64_t)sizeof(float), 0,
+    const int64_t weights = p.at_once * (int64_t)p.per_block + p.pieces + 2 * TILE_KEYS;       // they begin and end within tiles
+    const int64_t sizes[] = {2 * CHOICE_GROUPS * (int64_t)sizeof(uint64_t), listed_candidates(places, own) * (int64_t)sizeof(uint64_t), weights * (int64_t)sizeof(float), own * (int64_t)sizeof(float), 0,
                              p.groups * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)s->G * (int64_t)sizeof(float2),
                              places * MOST_TEAM * (int64_t)sizeof(uint64_t), LETTERS * (int64_t)sizeof(uint64_t), 2 * s->G * (int64_t)sizeof(float), BRANCHES * s->G * (int64_t)sizeof(float)};
-    int none, *at[] = {&none, &p.near, &p.importance, &none, &p.partial, &p.told, &p.tops, &p.offered, &p.arrived, &p.lse, &p.gates};
+    int none, *at[] = {&none, &p.candidates, &p.near, &p.importance, &none, &p.partial, &p.told, &p.sums, &p.offered, &p.arrived, &p.lse, &p.gates};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
         if (at[i] == &none && i) used = max64(used, ring_bytes(s->D));      // behind the ring
@@ -1399,9 +1438,6 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     p.bytes = (int)min64(used, INT_MAX);
     return p;
 }
-
-// Where this thread has four numbers of those from i0 to before `to`, which pairs of threads share; those that have none take the last ones again.
-__device__ static inline int last_four(int i0, int to) { return min32(i0 + threadIdx.x / 2 * FOUR, (to - 1) / FOUR * FOUR); }
 
 // The compressed blocks from .. to-1 that touch the selection blocks j0 .. j1-1, of those that the token sees.
 __device__ static inline Stretch touching(int j0, int j1, int visible, const TeamPlan *p) {
@@ -1433,20 +1469,51 @@ __device__ static inline float lse_of_shares(const Shares *parts, int first, int
     return highest + log2f(total);
 }
 
-// Scores of four neighbouring compressed blocks for every other of MMA_ROWS heads from g0 on; what their heads add to eq. 10.
-typedef struct FourScores { float4 of[MMA_ROWS / 2]; } FourScores;
-__device__ static inline FourScores ask_scores(const float *scores, int row, int i, int g0, int G) {
-    FourScores x;
-    const float *from = scores + g0 * row + i;
+// Weights of a warp's next TILES_AHEAD tiles of compressed keys, up to the last one, in MMA_ROWS heads.
+typedef struct AskedTiles { uint4 of[TILES_AHEAD]; float top[TILES_AHEAD]; } AskedTiles;
+__device__ static inline AskedTiles ask_tiles(const AttendCall *a, int list, int group, int tile, int last) {
+    const HeadWeights from = weights_of(&a->heads, list * ((a->s.G + MMA_ROWS - 1) / MMA_ROWS) + group, weight_tiles(a->cache.branch[CMP].slots));
+    AskedTiles x = {};
     #pragma unroll
-    for (int n = 0; n < MMA_ROWS / 2; n++) x.of[n] = *(const float4 *)(g0 + 2 * n < G ? from + 2 * n * row : scores);
+    for (int n = 0; n < TILES_AHEAD; n++) {
+        const int t = tile + n * DECODE_WARPS;
+        if (t > last) break;
+        x.of[n] = from.of[t * TILE_CHUNKS + lane()];
+        x.top[n] = from.top[t * MMA_ROWS + lane() % MMA_ROWS];
+    }
     return x;
 }
-__device__ static inline void add_weights(float4 *sum, const FourScores &x, const float *lse, int g0, int G) {
-    #pragma unroll
-    for (int n = 0; n < MMA_ROWS / 2; n++) {
-        const float less = g0 + 2 * n < G ? lse[g0 + 2 * n] : INFINITY;
-        *sum = make_float4(sum->x + power_of_2(x.of[n].x - less), sum->y + power_of_2(x.of[n].y - less), sum->z + power_of_2(x.of[n].z - less), sum->w + power_of_2(x.of[n].w - less));
+// near: what tiles first .. last of compressed blocks weigh in all heads (eq. 10). Two lanes have a key, each half of the heads, and a lane has the factor of one head.
+__device__ static inline void add_heads(float *near, AskedTiles asked, const AttendCall *a, const float *lse, int list, int first, int last) {
+    const int G = a->s.G, groups = (G + MMA_ROWS - 1) / MMA_ROWS;
+    float sum[TILES_AHEAD] = {0};
+    #pragma unroll 1
+    for (int tile = first + threadIdx.x / WARP, group = 0; tile <= last;) {
+        // the next ones are asked for before these are used
+        const int more = group + 1 < groups, next_tile = more ? tile : tile + TILES_AHEAD * DECODE_WARPS, next_group = more ? group + 1 : 0;
+        AskedTiles next = asked;
+        if (next_tile <= last) next = ask_tiles(a, list, next_group, next_tile, last);
+        const int g = group * MMA_ROWS + lane() % MMA_ROWS / 2 + lane() % 2 * 8;
+        const float less = g < G ? lse[g] : INFINITY;
+        #pragma unroll
+        for (int n = 0; n < TILES_AHEAD; n++) {
+            const float factor = power_of_2(asked.top[n] - less);
+            const unsigned pairs[4] = {asked.of[n].x, asked.of[n].y, asked.of[n].z, asked.of[n].w};
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 two = floats_of_f16(pairs[i]);
+                sum[n] += two.x * __shfl_sync(~0u, factor, lane() % 2 * 8 + i * 2) + two.y * __shfl_sync(~0u, factor, lane() % 2 * 8 + i * 2 + 1);
+            }
+        }
+        if (!more)
+            #pragma unroll
+            for (int n = 0; n < TILES_AHEAD; n++) {
+                const int t = tile + n * DECODE_WARPS;
+                const float both = sum[n] + __shfl_xor_sync(~0u, sum[n], 1);
+                if (lane() % 2 == 0 && t <= last) near[(t - first) * TILE_KEYS + lane() / 2] = both;
+                sum[n] = 0;
+            }
+        asked = next, tile = next_tile, group = next_group;
     }
 }
 
@@ -1458,9 +1525,9 @@ __device__ static inline uint64_t candidate(int j, float importance) { return (u
 __device__ static inline int candidate_index(uint64_t x) { return (int)~(uint32_t)x; }
 
 // list: the candidates among which the `places` best of blocks first .. first+own-1 are, from their importance (own); returns how many. Where they are many they are
-// dealt out to groups of threads: at most `places` groups have a best one as high as the places-th of the groups' bests, and nobody else has one to take.
-__device__ static inline int list_candidates(uint64_t *list, const float *importance, int first, int own, int places) {
-    __shared__ uint64_t best[CHOICE_GROUPS], least;
+// dealt out to groups of threads: at most `places` groups have a best one, in `best`, as high as the places-th of the groups' bests, and nobody else has one to take.
+__device__ static inline int list_candidates(uint64_t *list, uint64_t *best, const float *importance, int first, int own, int places) {
+    __shared__ uint64_t least;
     __shared__ int count;
     if (own <= DECODE_THREADS) {
         if ((int)threadIdx.x < own) list[threadIdx.x] = candidate(first + threadIdx.x, importance[threadIdx.x]);
@@ -1512,64 +1579,69 @@ __device__ static inline void sort_best(uint64_t *best, const uint64_t *list, in
     }
 }
 
-// chosen (places): the blocks of the highest of all that members have offered, (places,MOST_TEAM), each in order: where a place has nothing that is higher, no place behind it has.
+// offered (places,MOST_TEAM) is read by PAIRS pairs of members: what nobody will offer is none.
+enum { PAIRS = 4 };
+__device__ static inline void offer_none(uint64_t *offered, int places, int team) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < places * MOST_TEAM; i += DECODE_THREADS)
+        if (i % MOST_TEAM >= team) offered[i] = 0;
+}
+// chosen (places): the blocks of the highest of all that members have offered, each in order: where a place has nothing that is higher, no place behind it has.
 __device__ static inline void choose_offered(int *chosen, const uint64_t *offered, int places, int team) {
     #pragma unroll 1
     for (int i = threadIdx.x; i < places * MOST_TEAM; i += DECODE_THREADS) {
-        const int there = i % MOST_TEAM < team;
-        const uint64_t x = there ? offered[i] : 0;
-        int rank = there ? 0 : places;
+        const uint64_t x = offered[i];
+        int rank = i % MOST_TEAM < team ? 0 : places;
         #pragma unroll 1
-        for (int place = 0; place < places; place++) {
+        for (int place = 0; place < places && rank < places; place++) {
             int higher = 0;
-            #pragma unroll 4
-            for (int m = 0; m < team; m++) higher += offered[place * MOST_TEAM + m] > x;
+            #pragma unroll 1
+            for (int m = 0; m < team; m += 2 * PAIRS) {
+                ulonglong2 two[PAIRS];
+                #pragma unroll
+                for (int n = 0; n < PAIRS; n++) two[n] = ((const ulonglong2 *)(offered + place * MOST_TEAM + m))[n];
+                #pragma unroll
+                for (int n = 0; n < PAIRS; n++) higher += (two[n].x > x) + (two[n].y > x);
+            }
+            if (!higher) break;
             rank += higher;
-            if (!higher || rank >= places) break;
         }
         if (rank < places) chosen[rank] = candidate_index(x);
     }
 }
 
-// The importance of a member's share of the blocks that there are to choose of, [first, first+own), from the scores of the compressed branch, of which `asked` are the
-// first; its best are offered to all members.
-__device__ static inline void offer_blocks(char *memory, const TeamPlan *p, const AttendCall *a, const FourScores &asked, const float *scores, int row, int first, int own, int visible, int member) {
-    __shared__ uint64_t best[CHOICE_GROUPS];
-    const int G = a->s.G;
-    const float *lse = (const float *)(memory + p->lse);
-    uint64_t *list = (uint64_t *)memory, *offered = (uint64_t *)(memory + p->offered), *arrived = (uint64_t *)(memory + p->arrived);
+// Into the L2 cache: the keys and values of a selection block.
+template <int D, int DV>
+__device__ static inline void prefetch_block(const AttendCall *a, int list, int j) {
+    const KeyCache *cache = &a->cache.branch[SLC];
+    const int64_t first = (int64_t)j * a->s.select.sel_block;
+    const int keys = (int)min64(a->s.select.sel_block, cache->slots - first);
+    prefetch_bytes((const bf16 *)cache->k + (list * cache->slots + first) * D, keys * D * (int)sizeof(bf16));
+    prefetch_bytes((const bf16 *)cache->v + (list * cache->slots + first) * DV, keys * DV * (int)sizeof(bf16));
+}
+
+// The importance of a member's share of the blocks that there are to choose of, [first, first+own), from the weights that the compressed branch has left, of which the first
+// have been asked for; its best are offered to all members, and the very best of them fetched before it is known whether they are chosen.
+template <int D, int DV>
+__device__ static inline void offer_blocks(char *memory, const TeamPlan *p, const AttendCall *a, const AskedTiles &asked, int list, int first, int own, int visible, int member) {
+    uint64_t *best = (uint64_t *)memory, *candidates = (uint64_t *)(memory + p->candidates), *offered = (uint64_t *)(memory + p->offered), *arrived = (uint64_t *)(memory + p->arrived);
     float *near = (float *)(memory + p->near), *importance = (float *)(memory + p->importance);
     if (threadIdx.x < CHOICE_GROUPS) best[threadIdx.x] = 0;
     #pragma unroll 1
     for (int j0 = first; j0 < first + own; j0 += p->at_once) {
         const int j1 = min32(j0 + p->at_once, first + own);
         const Stretch x = touching(j0, j1, visible, p);
-        const int from = x.from / FOUR * FOUR;
-        const int odd = threadIdx.x % 2;
-        FourScores four = j0 == first ? asked : ask_scores(scores, row, last_four(from, x.to), odd, G);
-        float4 sum = make_float4(0, 0, 0, 0);
-        #pragma unroll 1
-        for (int i0 = from, g0 = odd; i0 < x.to;) {
-            // the next scores, of more heads or of more blocks, are asked for before these are used
-            const int next_heads = g0 + MMA_ROWS < G + odd, next_i0 = next_heads ? i0 : i0 + DECODE_THREADS / 2 * FOUR, next_g0 = next_heads ? g0 + MMA_ROWS : odd;
-            FourScores next = four;
-            if (next_i0 < x.to) next = ask_scores(scores, row, last_four(next_i0, x.to), next_g0, G);
-            add_weights(&sum, four, lse, g0, G);
-            if (!next_heads) {
-                *(float4 *)(near + last_four(i0, x.to) - from) = make_float4(sum.x + __shfl_xor_sync(~0u, sum.x, 1), sum.y + __shfl_xor_sync(~0u, sum.y, 1),
-                                                                             sum.z + __shfl_xor_sync(~0u, sum.z, 1), sum.w + __shfl_xor_sync(~0u, sum.w, 1));
-                sum = make_float4(0, 0, 0, 0);
-            }
-            four = next, i0 = next_i0, g0 = next_g0;
-        }
+        const int tile = x.from / TILE_KEYS, end = (x.to - 1) / TILE_KEYS;
+        add_heads(near, j0 == first ? asked : ask_tiles(a, list, 0, tile + threadIdx.x / WARP, end), a, (const float *)(memory + p->lse), list, tile, end);
         __syncthreads();
         #pragma unroll 1
-        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j - first] = comparable(importance_of(near - from, j, visible, p->pieces, p->per_block));
+        for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j - first] = comparable(importance_of(near - tile * TILE_KEYS, j, visible, p->pieces, p->per_block));
         __syncthreads();
     }
     phase(WEIGHED);
-    if (own > 0) sort_best(best, list, list_candidates(list, importance, first, own, p->places), p->places);
+    if (own > 0) sort_best(best, candidates, list_candidates(candidates, best + CHOICE_GROUPS, importance, first, own, p->places), p->places);
     __syncthreads();
+    if ((int)threadIdx.x < p->guesses && best[threadIdx.x]) prefetch_block<D, DV>(a, list, candidate_index(best[threadIdx.x]));
     #pragma unroll 1
     for (int i = threadIdx.x; i < p->places * MOST_TEAM; i += DECODE_THREADS)
         if (i % MOST_TEAM < p->team) tell(offered + i / MOST_TEAM * MOST_TEAM + member, best[i / MOST_TEAM], arrived + OFFERED, i % MOST_TEAM);
@@ -1629,17 +1701,17 @@ template <int DV>
 __device__ static inline void merge_told(char *memory, const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
     const int G = a->s.G, head0 = begin / DV, heads = begin < end ? (end - 1) / DV - head0 + 1 : 0;
     const float *gates = (const float *)(memory + p->gates), *partial = (const float *)(memory + p->partial), *told = (const float *)(memory + p->told);
-    float2 *tops = (float2 *)(memory + p->tops);        // top becomes what a member's sums are multiplied by
+    float2 *sums = (float2 *)(memory + p->sums);        // top becomes what a member's sums are multiplied by
     #pragma unroll 1
     for (int r0 = 0; r0 < heads; r0 += DECODE_THREADS / MOST_TEAM) {
         const int r = r0 + threadIdx.x / MOST_TEAM, g = head0 + min32(r, heads - 1), n = threadIdx.x % MOST_TEAM;
-        const float2 none = {NO_TOP, 0}, x = n < p->team && r < heads ? tops[n * G + g] : none;
+        const float2 none = {NO_TOP, 0}, x = n < p->team && r < heads ? sums[n * G + g] : none;
         float highest = x.x;
         for (int step = 1; step < MOST_TEAM; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
         const float weight = power_of_2(x.x - highest);
         float total = weight * x.y;
         for (int step = 1; step < MOST_TEAM; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-        if (n < p->team && r < heads) tops[n * G + g].x = gates[g * BRANCHES + SLC] * weight / total;
+        if (n < p->team && r < heads) sums[n * G + g].x = fast_divide(gates[g * BRANCHES + SLC] * weight, total);
     }
     __syncthreads();
     #pragma unroll 1
@@ -1649,7 +1721,7 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
         #pragma unroll 8
         for (int n = 0; n < p->groups; n++) add_times(&y, 1, *(const float4 *)(partial + n * p->slice + i));
         #pragma unroll 8
-        for (int n = 0; n < p->team; n++) add_times(&y, tops[n * G + g].x, *(const float4 *)(told + n * p->slice + i));
+        for (int n = 0; n < p->team; n++) add_times(&y, sums[n * G + g].x, *(const float4 *)(told + n * p->slice + i));
         *(float4 *)(a->out + (int64_t)list * G * DV + begin + i) = y;
     }
 }
@@ -1664,25 +1736,26 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     const DecodeShape *s = &a.s;
     const SelectShape *sel = &s->select;
     char *memory = (char *)fast_shared;
-    const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = p.team, warp = threadIdx.x / WARP, row = (int)score_row(a.cache.branch[CMP].slots), head0 = list * G;
+    const int G = s->G, list = blockIdx.x, member = blockIdx.y, team = p.team, warp = threadIdx.x / WARP, head0 = list * G;
     const int begin = min32(member * p.slice, G * DV), end = min32(begin + p.slice, G * DV);
     const int bytes[LETTERS] = {team * p.places * (int)sizeof(uint64_t), team * ((end - begin) * (int)sizeof(float) + G * (int)sizeof(float2))};
     uint64_t *arrived = (uint64_t *)(memory + p.arrived);
     team_begin(arrived, bytes);
     const int blocks = a.input->blocks, each = a.input->each, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
-    const float *scores = a.scores + (int64_t)head0 * row;
     const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
     const Stretch all = {0, a.input->of[SLC].keys};
+    const HeadWeights none = {NULL, NULL};
     bf16 *ring = (bf16 *)fast_shared;
+    offer_none((uint64_t *)(memory + p.offered), p.places, team);
     team_there();
-    wait_for_previous();
+    wait_only();
     phase(NEXT_ALONE);
 
     // All that is known by now is asked for at once
-    FourScores asked = {};
+    AskedTiles asked = {};
     if (own > 0 && each > 0) {
         const Stretch x = touching(first, first + min32(own, p.at_once), visible, &p);
-        asked = ask_scores(scores, row, last_four(x.from / FOUR * FOUR, x.to), threadIdx.x % 2, G);
+        asked = ask_tiles(&a, list, 0, x.from / TILE_KEYS + warp, (x.to - 1) / TILE_KEYS);
     }
     const AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
     const AskedShares before = ask_shares<DV>(&p, &a, list, begin, end, compressed, shares);
@@ -1696,11 +1769,12 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     }
     put_queries<D>((bf16 *)queries, q);
     __syncthreads();
+    let_next_come();                // now: what its blocks ask for would have been in this one's way
     merge_first<DV>(memory, &p, &a, before, list, begin, end, compressed, shares);
     phase(KNOWN);
 
     if (each) {
-        offer_blocks(memory, &p, &a, asked, scores, row, first, own, visible, member);
+        offer_blocks<D, DV>(memory, &p, &a, asked, list, first, own, visible, member);
         told(arrived + OFFERED);
         phase(MET);
         choose_offered(chosen + sel->n_init, (const uint64_t *)(memory + p.offered), p.places, team);
@@ -1721,12 +1795,12 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
             __syncthreads();
         }
         BlockSums<DV> y;
-        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, NULL, 0, heads);
+        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, none);
         phase(ATTENDED_CHOSEN);
         for (int i = 0; i < 2; i++) {
             const int head = g0 + lane() / 4 + i * 8, to = warp * 4 + lane() % 4;
             if (head >= G) continue;
-            if (to < team) tell((float2 *)(memory + p.tops) + member * G + head, make_float2(y.top[i], y.sum[i]), arrived + SUMMED, to);
+            if (to < team) tell((float2 *)(memory + p.sums) + member * G + head, make_float2(y.top[i], y.sum[i]), arrived + SUMMED, to);
             for (int n = 0; n < BlockSums<DV>::TILES; n++) {
                 const int at = head * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, of = quotient(at, p.per_slice);
                 tell((float2 *)((float *)(memory + p.told) + (member - of) * p.slice + at), make_float2(y.o[n][i * 2], y.o[n][i * 2 + 1]), arrived + SUMMED, of);
@@ -1954,7 +2028,7 @@ static AttendCall attend_call(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
     const Working *w = d->work;
     const AttendCall a = {w->wide, wide_row(c, layer).size, w->queries, w->device_input, d->layers[layer], w->block_idx,
-                          w->scores, w->parts, w->gates, w->attention, decode_shape(d, layer), {NO_LIST, NO_LIST}};
+                          w->scores, w->heads, w->parts, w->gates, w->attention, decode_shape(d, layer), {NO_LIST, NO_LIST}};
     return a;
 }
 
@@ -2104,7 +2178,10 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
         carve(m, (char **)&w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D) * cache_number(c));
         carve(m, (char **)&w->hidden[v], nsa * lists * 2 * (v ? Dv : D) * cache_number(c));
     }
-    carve(m, &w->scores, rows * H * score_row(slots));
+    const int64_t tiles = nsa * w->fast * lists * ((H / KV + MMA_ROWS - 1) / MMA_ROWS) * weight_tiles(slots);
+    carve(m, &w->heads.of, tiles * TILE_CHUNKS);
+    carve(m, &w->heads.top, tiles * MMA_ROWS);
+    carve(m, &w->scores, !w->fast * rows * H * score_row(slots));
     carve(m, &w->importance, nsa * !w->fast * lists * most_selection_blocks(c, capacity));
     carve(m, &w->block_idx, nsa * !w->fast * lists * c->sel_blocks);
     carve(m, &w->parts.top, parts);
@@ -2179,7 +2256,8 @@ static void choose_tier(Working *w, const Config *c, int rows, int64_t capacity)
         w->fast = w->plan.team > 0;
     }
     const int64_t together = w->fast ? (int64_t)MMA_ROWS : (int64_t)HEADS, at_once = w->fast ? blocks_at_once(s.D) : 2 * (int64_t)gpu.multiProcessorCount;
-    w->splits = max32(has_nsa(c) ? 2 : 1, choose_splits((int64_t)rows * s.KV * ((s.G + together - 1) / together), at_once));
+    // Of two splits one would have all of the compressed branch, which is by far the longer list
+    w->splits = max32(has_nsa(c) ? 3 : 1, choose_splits((int64_t)rows * s.KV * ((s.G + together - 1) / together), at_once));
 }
 
 int64_t decoder_room_bytes(const Config *c, int rows, int64_t tokens) {

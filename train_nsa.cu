@@ -401,6 +401,7 @@ template <int LEFT> static inline void cp_async_wait(void) { emu_cp_async_wait(L
 static inline float power_of_2(float x) { return exp2f(x); }
 static inline float fast_divide(float x, float y) { return x / y; }
 static inline unsigned two_f16(float low, float high) { return emu_f16(low) | emu_f16(high) << 16; }
+static inline float2 floats_of_f16(unsigned pair) { return make_float2(emu_float_of_f16(pair & 0xffff), emu_float_of_f16(pair >> 16)); }
 static inline unsigned shared_address(const void *p) { return emu_shared_address(p); }
 template <int N> static inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, int add) { emu_wgmma(d, N, nullptr, a, b, add, false); }
 template <int N> static inline void wgmma_turned(float (*d)[4], const unsigned a[4], uint64_t b) { emu_wgmma(d, N, a, 0, b, 1, true); }
@@ -465,6 +466,11 @@ HOPPER_DEVICE static inline unsigned two_f16(float low, float high) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+HOPPER_DEVICE static inline float2 floats_of_f16(unsigned pair) {
+    float2 x;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
+    return x;
 }
 
 // What Hopper has beyond that (sm_90a): matrix products by a warpgroup, four warps in step, on factors in shared memory, that go on while the
