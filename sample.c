@@ -2226,16 +2226,18 @@ static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
     double least = INFINITY;
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
     const int clusters = gpu.major >= 9 && compiled.ptxVersion >= 90;       // this GPU has them, and the code for it
+    // More than half of a multiprocessor: two blocks would share one while others have none. The rest is the next kernel's.
+    const int64_t half = (int64_t)gpu.sharedMemPerMultiprocessor / 2 - (int64_t)compiled.sharedSizeBytes - (int64_t)gpu.reservedSharedMemPerBlock + (int64_t)sizeof(float4);
     const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes, lists = (int64_t)s->rows * s->KV;
     if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
-        const TeamPlan plan = plan_team(s, blocks, team);
-        const int64_t half = max64(plan.bytes, (int64_t)gpu.sharedMemPerBlockOptin / 2);      // the rest of a multiprocessor is the next kernel's
+        TeamPlan plan = plan_team(s, blocks, team);
+        plan.bytes = (int)max64(plan.bytes, min64(half, room));
         cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, half, team);
+        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, plan.bytes, team);
         int at_once = gpu.multiProcessorCount;
         if (plan.bytes > room) continue;
-        allow_rings(kernel, half);
+        allow_rings(kernel, plan.bytes);
         if (clusters && cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) at_once = 0, (void)cudaGetLastError();   // none so large
         if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = plan;
     }

@@ -203,6 +203,8 @@ void device_plan(void) {
     gpu.major = 9;
     gpu.multiProcessorCount = 132;
     gpu.sharedMemPerBlockOptin = 227 << 10;
+    gpu.sharedMemPerMultiprocessor = 228 << 10;
+    gpu.reservedSharedMemPerBlock = 1 << 10;
 }
 
 int64_t device_memory(void) {

@@ -714,7 +714,7 @@ enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferr
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount;
-    size_t totalGlobalMem, sharedMemPerBlockOptin;
+    size_t totalGlobalMem, sharedMemPerBlockOptin, sharedMemPerMultiprocessor, reservedSharedMemPerBlock;
     int l2CacheSize;
 };
 
@@ -735,6 +735,8 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     p->major = 9;
     p->multiProcessorCount = 4;
     p->sharedMemPerBlockOptin = 227 << 10;
+    p->sharedMemPerMultiprocessor = 228 << 10;
+    p->reservedSharedMemPerBlock = 1 << 10;
     p->totalGlobalMem = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGE_SIZE);
     return 0;
 }
