@@ -417,8 +417,8 @@ typedef struct TeamPlan {
     int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
     int guesses;                        // of its best blocks that a member fetches before it knows what is chosen: half of those that it may expect
     float per_slice, per_across, per_key;   // 1 / slice, 1 / across, 1 / sel_block
-    // The choice has in the ring's place its best candidates, at 0, those it finds them among, then weights of the compressed blocks near to some of its selection blocks,
-    // and the importance of all of these
+    // The choice has in the ring's place (with memory of its own the next kernel's blocks would not fit beside) its best candidates, at 0, and behind them those of groups
+    // of threads; those it finds them among; weights of the compressed blocks near to some of its selection blocks; the importance of all of these
     int candidates, near, importance;
     // Behind the ring. partial: (groups,slice), the branches before; told: (team,slice), what each member has summed up; sums: (team,G) pairs of top, in units of
     // log2, and sum of weights; offered: (places,MOST_TEAM) candidates; arrived: (LETTERS) barriers; lse: (2,G) of the compressed branch and the window; gates: (G,3)
@@ -467,8 +467,8 @@ static DecodeShape decode_shape(const Decoder *d, int layer) { return shape_of_c
 
 // ----------------------------------------------------------------------------
 // Launches. These kernels are so short that setting up the next one takes as long as running this one. From sm_90 on the two overlap
-// (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun, and they wait where they
-// first touch what others write. Each kernel waits, even before it returns: so all that came before it is done. What may be read before is
+// (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun (or, by wait_only, when what it
+// needs first has been asked for), and they wait where they first touch what others write. Each kernel waits, even before it returns: so all that came before it is done. What may be read before is
 // what the kernels of this token do not write: weights, the input, older tokens' keys.
 //
 // On the same GPUs the blocks of threads of a cluster run at the same time and can wait for each other: a team. Elsewhere a team is one block.
@@ -1155,6 +1155,8 @@ enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, R
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 enum { TILE_CHUNKS = TILE_KEYS * MMA_ROWS / 8, LEFT_SHIFT = 15, TILES_AHEAD = 4 };       // of the weights that are left for the choice
 
+// Heads of a list go by MMA_ROWS. HeadWeights: the tiles of so many compressed keys, and where those of the group-th of all lists' groups begin.
+DEVICE static inline int head_groups(int G) { return (G + MMA_ROWS - 1) / MMA_ROWS; }
 DEVICE static inline int64_t weight_tiles(int64_t keys) { return (keys + TILE_KEYS - 1) / TILE_KEYS; }
 DEVICE static inline HeadWeights weights_of(const HeadWeights *x, int64_t group, int64_t tiles) {
     const HeadWeights of = {x->of + group * tiles * TILE_CHUNKS, x->top + group * tiles * MMA_ROWS};
@@ -1377,10 +1379,10 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
     __shared__ Round round;
     __shared__ uint4 queries[MMA_ROWS * D / 8];
     const DecodeShape *s = &a.s;
-    const int G = s->G, groups = (G + MMA_ROWS - 1) / MMA_ROWS, list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
+    const int G = s->G, groups = head_groups(G), list = blockIdx.x / groups, g0 = blockIdx.x % groups * MMA_ROWS, heads = min32(MMA_ROWS, G - g0);
     const int kind = kind_of(&a, blockIdx.y), branch = branch_of(kind), share = blockIdx.y - a.input->of[kind].first_split;
     const int64_t head0 = (int64_t)list * G + g0;
-    const HeadWeights none = {NULL, NULL}, left = kind == CMP ? weights_of(&a.heads, blockIdx.x, weight_tiles(a.cache.branch[CMP].slots)) : none;
+    const HeadWeights left = kind == CMP ? weights_of(&a.heads, blockIdx.x, weight_tiles(a.cache.branch[CMP].slots)) : HeadWeights{};
     const Stretch stretch = stretch_of(&a.input->of[kind], share);
     bf16 *ring = (bf16 *)fast_shared;
     const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, a.input->of[kind].fresh, 0, 1, NULL, 0);
@@ -1472,7 +1474,7 @@ __device__ static inline float lse_of_shares(const Shares *parts, int first, int
 // Weights of a warp's next TILES_AHEAD tiles of compressed keys, up to the last one, in MMA_ROWS heads.
 typedef struct AskedTiles { uint4 of[TILES_AHEAD]; float top[TILES_AHEAD]; } AskedTiles;
 __device__ static inline AskedTiles ask_tiles(const AttendCall *a, int list, int group, int tile, int last) {
-    const HeadWeights from = weights_of(&a->heads, list * ((a->s.G + MMA_ROWS - 1) / MMA_ROWS) + group, weight_tiles(a->cache.branch[CMP].slots));
+    const HeadWeights from = weights_of(&a->heads, list * head_groups(a->s.G) + group, weight_tiles(a->cache.branch[CMP].slots));
     AskedTiles x = {};
     #pragma unroll
     for (int n = 0; n < TILES_AHEAD; n++) {
@@ -1483,9 +1485,9 @@ __device__ static inline AskedTiles ask_tiles(const AttendCall *a, int list, int
     }
     return x;
 }
-// near: what tiles first .. last of compressed blocks weigh in all heads (eq. 10). Two lanes have a key, each half of the heads, and a lane has the factor of one head.
+// near: what tiles first .. last of compressed blocks weigh in all heads (eq. 10), times 2^LEFT_SHIFT, which a choice does not mind. Two lanes have a key, each half of the heads, and a lane has the factor of one head.
 __device__ static inline void add_heads(float *near, AskedTiles asked, const AttendCall *a, const float *lse, int list, int first, int last) {
-    const int G = a->s.G, groups = (G + MMA_ROWS - 1) / MMA_ROWS;
+    const int G = a->s.G, groups = head_groups(G);
     float sum[TILES_AHEAD] = {0};
     #pragma unroll 1
     for (int tile = first + threadIdx.x / WARP, group = 0; tile <= last;) {
@@ -1744,7 +1746,6 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     const int blocks = a.input->blocks, each = a.input->each, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
     const Stretch all = {0, a.input->of[SLC].keys};
-    const HeadWeights none = {NULL, NULL};
     bf16 *ring = (bf16 *)fast_shared;
     offer_none((uint64_t *)(memory + p.offered), p.places, team);
     team_there();
@@ -1795,7 +1796,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
             __syncthreads();
         }
         BlockSums<DV> y;
-        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, none);
+        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, {});
         phase(ATTENDED_CHOSEN);
         for (int i = 0; i < 2; i++) {
             const int head = g0 + lane() / 4 + i * 8, to = warp * 4 + lane() % 4;
@@ -2178,7 +2179,7 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
         carve(m, (char **)&w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D) * cache_number(c));
         carve(m, (char **)&w->hidden[v], nsa * lists * 2 * (v ? Dv : D) * cache_number(c));
     }
-    const int64_t tiles = nsa * w->fast * lists * ((H / KV + MMA_ROWS - 1) / MMA_ROWS) * weight_tiles(slots);
+    const int64_t tiles = nsa * w->fast * lists * head_groups((int)(H / KV)) * weight_tiles(slots);
     carve(m, &w->heads.of, tiles * TILE_CHUNKS);
     carve(m, &w->heads.top, tiles * MMA_ROWS);
     carve(m, &w->scores, !w->fast * rows * H * score_row(slots));
@@ -2232,7 +2233,7 @@ static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
     if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
         TeamPlan plan = plan_team(s, blocks, team);
-        plan.bytes = (int)max64(plan.bytes, min64(half, room));
+        plan.bytes = (int)max64(plan.bytes, half);
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, plan.bytes, team);
         int at_once = gpu.multiProcessorCount;
