@@ -2409,9 +2409,10 @@ static void dq_of_shape(float *dq, int accumulate, float *delta, const bf16 *dou
 // P and dS are left factors of the second products as they are, and every warp sums its own keys in registers.
 //
 // The first keys have many more queries than the last ones, and the first block has them all: long queues are cut into parts, whose sums
-// go to `partial` and are added up in order by a second kernel.
+// go to `partial` and are added up in order by a second kernel. Queues that are ranges are cut at the same positions for all tiles, and parts that
+// see the same queries are worked on at the same time: then q and dout come from memory once, and for the others from the L2 cache.
 
-enum { PARTS_PER_PROCESSOR = 6, PART_ROWS = 512, PART_THREADS = 256, PLACE_SLOTS = 4 };
+enum { PARTS_PER_PROCESSOR = 6, FINE_PARTS = 16, PART_ROWS = 512, FINE_ROWS = 32768, PART_THREADS = 256, PLACE_SLOTS = 4 };
 
 // `most`: keys of a tile at most. A selected block is one tile or several.
 DEVICE static inline int tile_keys(int most, const Mask *mask) { return mask->kind == MASK_SELECTED && mask->sel_block < most ? (mask->sel_block + 15) / 16 * 16 : most; }
@@ -2441,38 +2442,62 @@ __device__ static inline KeyTile key_tile_at(int64_t item, int most, const Mask 
     return x;
 }
 
-// How the work is cut: at most `queries` of a tile make one part. Bounds for the launch and for the memory, which hold for any lists.
+// How the work is cut: at most `queries` of a tile make one part. `items` and `slots` are bounds for the launch and for the memory, which hold for any lists.
 typedef struct Parts { int64_t tiles, queries, items, slots, slot_size; } Parts;
+DEVICE static inline int64_t parts_of_queue(const Mask *mask, int64_t from, int64_t to, int64_t queries) {
+    if (to - from <= queries) return 1;
+    return mask->kind == MASK_SELECTED ? (to - from + queries - 1) / queries : (to - 1) / queries - from / queries + 1;
+}
 static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape *s) {
-    const int64_t each = key_tiles(most, mask, s), G = s->H / s->KV;
-    int64_t work = 0, from, to;
-    if (mask->kind == MASK_SELECTED) work = s->T * mask->n * tiles_of_block(most, mask);
-    for (int64_t i = 0; i < each && mask->kind != MASK_SELECTED; i++) {
-        query_range(mask, i * most, min64(most, s->Tk - i * most), s, &from, &to);
-        work += to - from;
+    const int64_t each = key_tiles(most, mask, s), G = s->H / s->KV, bkv = s->B * s->KV;
+    const auto sum_over_tiles = [&](auto of) {
+        int64_t sum = 0, from, to;
+        for (int64_t i = 0; i < each; i++) {
+            query_range(mask, i * most, min64(most, s->Tk - i * most), s, &from, &to);
+            sum += of(from, to);
+        }
+        return sum * bkv;
+    };
+    const int listed = mask->kind == MASK_SELECTED;
+    const int64_t work = listed ? s->T * mask->n * tiles_of_block(most, mask) * bkv : sum_over_tiles([](int64_t from, int64_t to) { return to - from; });
+    Parts p = {each * bkv, 0, 0, 0, (int64_t)tile_keys(most, mask) * (s->D + s->Dv)};
+    const int64_t processors = gpu.multiProcessorCount;
+    p.queries = max64((PART_ROWS + G - 1) / G, work / (PARTS_PER_PROCESSOR * processors) + 1);
+    // Where tiles are few or of very different length the last parts are waited for: finer ones, as long as each is worth its beginning and its end.
+    if (listed || p.tiles < PARTS_PER_PROCESSOR * processors) p.queries = max64(min64(p.queries, FINE_ROWS / G), work / (FINE_PARTS * processors) + 1);
+    if (listed) {
+        p.items = p.tiles + work / p.queries;       // a tile of L queries has at most 1 + L / queries parts
+        p.slots = 2 * (work / p.queries);           // and one with several, fewer than 2·L / queries
+        return p;
     }
-    work *= s->B * s->KV;
-    Parts p = {each * s->B * s->KV, 0, 0, 0, (int64_t)tile_keys(most, mask) * (s->D + s->Dv)};
-    p.queries = max64((PART_ROWS + G - 1) / G, work / (PARTS_PER_PROCESSOR * (int64_t)gpu.multiProcessorCount) + 1);
-    p.items = p.tiles + work / p.queries;       // a tile of L queries has at most 1 + L / queries parts
-    p.slots = 2 * (work / p.queries);           // and one with several, fewer than 2·L / queries
+    const auto parts = [&](int64_t from, int64_t to) { return parts_of_queue(mask, from, to, p.queries); };
+    p.items = sum_over_tiles(parts);
+    p.slots = sum_over_tiles([&](int64_t from, int64_t to) { return parts(from, to) > 1 ? parts(from, to) : 0; });
     return p;
 }
 
-// `partial`: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each), then these parts.
-static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1), 32); }
+// What the kernels know of it: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each); and of ranges that are cut, which part of which
+// tile each block takes.
+typedef struct TilePart { int tile, part; } TilePart;
+typedef struct PartLists { int *start, *slot; TilePart *order; int64_t tiles, queries; } PartLists;
+static int parts_have_order(const Parts *p, const Mask *mask) { return mask->kind != MASK_SELECTED && p->slots > 0; }
+// `partial`: these lists, then the parts.
+static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1) + 2 * p->items, 32); }
 static int64_t parts_numbers(int most, const Mask *mask, const AttentionShape *s) {
     const Parts p = attention_parts_of(most, mask, s);
     return parts_header(&p) + p.slots * p.slot_size;
 }
 // One block: each thread counts the parts of a stretch of tiles, then writes where they start.
-__global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t queries, int most, Mask mask, AttentionShape s, Takers takers) {
+__global__ void fast_parts_kernel(PartLists lists, int most, Mask mask, AttentionShape s, Takers takers) {
     __shared__ int items[PART_THREADS], slots[PART_THREADS];
-    const int64_t each = (tiles + PART_THREADS - 1) / PART_THREADS, first = min64(threadIdx.x * each, tiles), last = min64(first + each, tiles);
+    const int64_t tiles = lists.tiles, each = (tiles + PART_THREADS - 1) / PART_THREADS, first = min64(threadIdx.x * each, tiles), last = min64(first + each, tiles);
+    const auto parts_of_tile = [&](int64_t i) {
+        const KeyTile x = key_tile_at(i, most, &mask, &s, &takers);
+        return (int)parts_of_queue(&mask, x.from, x.to, lists.queries);
+    };
     int item = 0, kept = 0;
     for (int64_t i = first; i < last; i++) {
-        const KeyTile x = key_tile_at(i, most, &mask, &s, &takers);
-        const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
+        const int parts = parts_of_tile(i);
         item += parts;
         kept += parts > 1 ? parts : 0;
     }
@@ -2482,25 +2507,62 @@ __global__ void fast_parts_kernel(int *start, int *slot, int64_t tiles, int64_t 
     item = kept = 0;
     for (int i = 0; i < (int)threadIdx.x; i++) item += items[i], kept += slots[i];
     for (int64_t i = first; i < last; i++) {
-        const KeyTile x = key_tile_at(i, most, &mask, &s, &takers);
-        const int parts = (int)max64(1, (x.to - x.from + queries - 1) / queries);
-        start[i] = item;
-        slot[i] = kept;
+        const int parts = parts_of_tile(i);
+        lists.start[i] = item;
+        lists.slot[i] = kept;
         item += parts;
         kept += parts > 1 ? parts : 0;
     }
-    if (last == tiles) start[tiles] = item, slot[tiles] = kept;     // several threads may stand at the end: they agree
+    if (last == tiles) lists.start[tiles] = item, lists.slot[tiles] = kept;     // several threads may stand at the end: they agree
 }
-
-// The tile whose part this block takes: the last one that starts at it or before.
-__device__ static inline int64_t tile_of_part(const int *start, int64_t tiles) {
+// The part with this number: of the last tile that starts there or before.
+__device__ static inline TilePart part_at(const PartLists *lists, int item) {
     int64_t tile = 0;
-    for (int64_t end = tiles; end - tile > 1;) {
+    for (int64_t end = lists->tiles; end - tile > 1;) {
         const int64_t middle = (tile + end) / 2;
-        if (start[middle] <= (int)blockIdx.x) tile = middle;
+        if (lists->start[middle] <= item) tile = middle;
         else end = middle;
     }
-    return tile;
+    const TilePart part = {(int)tile, item - lists->start[tile]};
+    return part;
+}
+// A thread a part. Those of a (b, kv) that begin at the same position are to follow each other: before a part come as many as the tiles have before this position, and of this
+// position those of the tiles before.
+__global__ void order_parts_kernel(PartLists lists, int most, Mask mask, AttentionShape s, Takers takers) {
+    const int item = (int)global_thread();
+    if (item >= lists.start[lists.tiles]) return;
+    const auto position = [&](int64_t tile) { return key_tile_at(tile, most, &mask, &s, &takers).from / lists.queries; };
+    const TilePart own = part_at(&lists, item);
+    const int64_t each = key_tiles(most, &mask, &s), first = own.tile / each * each, at = position(own.tile) + own.part;
+    int64_t place = lists.start[first];
+    for (int64_t i = first; i < first + each; i++) {
+        const int64_t parts = lists.start[i + 1] - lists.start[i], before = at - position(i);
+        place += max64(0, min64(before, parts)) + (i < own.tile && before >= 0 && before < parts);
+    }
+    lists.order[place] = own;
+}
+__device__ static inline TilePart part_of_block(const PartLists *lists) { return lists->order ? lists->order[blockIdx.x] : part_at(lists, (int)blockIdx.x); }
+
+// Makes the lists at `partial`.
+static PartLists make_parts(const Parts *p, int most, const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
+    int *start = (int *)partial, *slot = start + p->tiles + 1;
+    const PartLists lists = {start, slot, parts_have_order(p, mask) ? (TilePart *)(slot + p->tiles + 1) : NULL, p->tiles, p->queries};
+    fast_parts_kernel<<<1, PART_THREADS>>>(lists, most, *mask, *s, *takers);
+    if (lists.order) order_parts_kernel<<<grid(p->items, THREADS), THREADS>>>(lists, most, *mask, *s, *takers);
+    LAUNCHED();
+    return lists;
+}
+
+// The queries of a part of a tile, or in its list.
+__device__ static inline void queries_of_part(const KeyTile *x, int part, int parts, int64_t queries, const Mask *mask, int64_t *from, int64_t *to) {
+    if (parts == 1 || mask->kind == MASK_SELECTED) {
+        *from = x->from + (x->to - x->from) * part / parts;
+        *to = x->from + (x->to - x->from) * (part + 1) / parts;
+    } else {
+        const int64_t first = (x->from / queries + part) * queries;
+        *from = max64(x->from, first);
+        *to = min64(x->to, first + queries);
+    }
 }
 
 // A block's shared memory: keys and values, then two stages of rows, each of q, dout and three numbers; tokens and heads of four stages.
@@ -2521,14 +2583,16 @@ __device__ static inline int sees_key(const Mask *mask, int t, int key) {
 template <int D, int DV, int ROWS>
 __global__ void __launch_bounds__(FAST_WARPS * WARP, D == 64 ? 3 : 2)
 fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const float *delta, const float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
-                Mask mask, AttentionShape s, Takers takers, float *partial, const int *start, const int *slot, int64_t tiles) {
+                Mask mask, AttentionShape s, Takers takers, float *partial, PartLists lists) {
     constexpr int STEP = D == 64 ? 32 : 16, STAGE = ROWS * (D + DV);
     extern __shared__ uint4 fast_shared[];
-    if ((int)blockIdx.x >= start[tiles]) return;
-    const int64_t tile = tile_of_part(start, tiles);
+    if ((int)blockIdx.x >= lists.start[lists.tiles]) return;
+    const TilePart own = part_of_block(&lists);
+    const int tile = own.tile, part = own.part, parts = lists.start[tile + 1] - lists.start[tile];
     const KeyTile x = key_tile_at(tile, RANGE_KEYS, &mask, &s, &takers);
-    const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
-    const int64_t from = x.from + (x.to - x.from) * part / parts, to = x.from + (x.to - x.from) * (part + 1) / parts;
+    const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV;
+    int64_t from, to;
+    queries_of_part(&x, part, parts, lists.queries, &mask, &from, &to);
     const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS, t0 = (int)s.t0;
     const int *list = mask.kind == MASK_SELECTED ? takers.queries + from : NULL;
     bf16 *key_tile = (bf16 *)fast_shared, *value_tile = key_tile + keys * D, *memory = value_tile + keys * DV;
@@ -2630,7 +2694,7 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
     if (parts > 1) {        // (keys, D + DV) of this part
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float *to_key = partial + ((slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -2768,17 +2832,15 @@ template <int D, int DV, int ROWS>
 static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const float *delta, const float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
                          const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
     const Parts p = attention_parts_of(RANGE_KEYS, mask, s);
-    int *start = (int *)partial, *slot = start + p.tiles + 1;
     const int keys = tile_keys(RANGE_KEYS, mask);
     const int64_t bytes = dkv_bytes<D, DV, ROWS>(keys);
-    const Takers lists = takers_or_none(takers);
-    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, RANGE_KEYS, *mask, *s, lists);
-    LAUNCHED();
+    const Takers of_lists = takers_or_none(takers);
+    const PartLists lists = make_parts(&p, RANGE_KEYS, mask, s, &of_lists, partial);
     allow_shared(fast_dkv_kernel<D, DV, ROWS>, bytes, FAST_NAME, FAST_FIX);
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
-        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, lists, partial + parts_header(&p), start, slot, p.tiles);
+        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, of_lists, partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, RANGE_KEYS, *mask, *s, lists);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, of_lists);
     LAUNCHED();
 }
 
@@ -3977,17 +4039,20 @@ template <int D, int DV, int LISTED>
 __global__ void __launch_bounds__(HopperDkv<D, DV, LISTED>::THREADS, 1)
 hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                   const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s, Takers takers,
-                  float *partial, const int *start, const int *slot, int64_t tiles) {
+                  float *partial, PartLists lists) {
     #if HOPPER_CODE
     typedef HopperDkv<D, DV, LISTED> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
     extern __shared__ SharedKilobyte hopper_shared[];
-    if ((int)blockIdx.x >= start[tiles]) return;
-    const int64_t tile = tile_of_part(start, tiles);
+    if ((int)blockIdx.x >= lists.start[lists.tiles]) return;
+    const TilePart own = part_of_block(&lists);
+    const int tile = own.tile, part = own.part, parts = lists.start[tile + 1] - lists.start[tile];
     const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, &takers);
-    const int G = s.H / s.KV, tokens = ROWS / G, parts = start[tile + 1] - start[tile], part = blockIdx.x - start[tile];
-    const int64_t from = x.from + (x.to - x.from) * part / parts;
-    const int queue = (int)(x.from + (x.to - x.from) * (part + 1) / parts - from), steps = (queue + tokens - 1) / tokens;
+    int64_t from, to;
+    queries_of_part(&x, part, parts, lists.queries, &mask, &from, &to);
+    const int G = s.H / s.KV, tokens = ROWS / G, queue = (int)(to - from), steps = (queue + tokens - 1) / tokens;
+    // A window's tiles each begin where the position is a multiple of their queries' number, and go round: so neighbours, too, meet the same queries at the same time.
+    const int turn = LISTED || parts > 1 || steps == 0 ? 0 : (steps - (int)(from / tokens % steps)) % steps;
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
@@ -4019,13 +4084,14 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         constexpr int WARPS = WARPGROUP / WARP, EACH = ROWS / WARP;
         int place[EACH], head[EACH], token[EACH];       // of this lane's rows: the place in the stage, the head
         const auto token_at = [&](int at) { return LISTED ? takers.queries[from + min32(at, queue - 1)] : (int)from + at; };
+        const auto in_turn = [&](int stage) { return stage + turn < steps ? stage + turn : stage + turn - steps; };
         const int warp = threadIdx.x / WARP;
         const RowStats *of_head = stats + x.b * s.T * s.H + x.kv * G;
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             place[i] = (i * WARP + lane()) / G;
             head[i] = (i * WARP + lane()) % G;
-            token[i] = token_at(warp * tokens + place[i]);
+            token[i] = token_at(in_turn(warp) * tokens + place[i]);
         }
         ring.skip(warp);
         for (int stage = warp; stage < steps; stage += WARPS, ring.skip(WARPS)) {
@@ -4045,9 +4111,9 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             for (int i = 0; i < EACH; i++) {
                 const int row = i * WARP + lane();
                 to->position[row] = (int)s.t0 + token[i];
-                if (row < tokens * G && stage * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
+                if (row < tokens * G && in_turn(stage) * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
                 else to->of_row[row] = make_float2(INFINITY, 0);
-                token[i] = token_at((stage + WARPS) * tokens + place[i]);
+                token[i] = token_at(in_turn(stage + WARPS) * tokens + place[i]);
             }
             barrier_arrive(full + ring.at);
             barrier_arrive_copied(full + ring.at);
@@ -4210,7 +4276,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (mine + lane() / 4 + i * 8 >= keys) continue;
-            float *to_key = partial + ((slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -4278,17 +4344,15 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
     const int64_t bytes = Plan::BYTES + Plan::STAGES * (int64_t)sizeof(StageStats) + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const int64_t box_rows = LISTED ? s->H / s->KV : Plan::ROWS;
     const Parts p = attention_parts_of(Plan::KEYS, mask, s);
-    const Takers lists = takers_or_none(takers);
-    int *start = (int *)partial, *slot = start + p.tiles + 1;
-    fast_parts_kernel<<<1, PART_THREADS>>>(start, slot, p.tiles, p.queries, Plan::KEYS, *mask, *s, lists);
-    LAUNCHED();
+    const Takers of_lists = takers_or_none(takers);
+    const PartLists lists = make_parts(&p, Plan::KEYS, mask, s, &of_lists, partial);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, box_rows), dout_map = query_map(dout, DV, s->H * DV, s, box_rows);
     const CUtensorMap k_map = key_map(k, D, s->k_row, s, Plan::KEYS), v_map = key_map(v, DV, s->v_row, s, Plan::KEYS);
     allow_shared(hopper_dkv_kernel<D, DV, LISTED>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, lists,
-                                                                                        partial + parts_header(&p), start, slot, p.tiles);
+    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, of_lists,
+                                                                                        partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), slot, Plan::KEYS, *mask, *s, lists);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, of_lists);
     LAUNCHED();
 }
 
