@@ -2554,12 +2554,15 @@ static PartLists make_parts(const Parts *p, int most, const Mask *mask, const At
 }
 
 // The queries of a part of a tile, or in its list.
-__device__ static inline void queries_of_part(const KeyTile *x, int part, int parts, int64_t queries, const Mask *mask, int64_t *from, int64_t *to) {
-    if (parts == 1 || mask->kind == MASK_SELECTED) {
-        *from = x->from + (x->to - x->from) * part / parts;
-        *to = x->from + (x->to - x->from) * (part + 1) / parts;
+__device__ static inline void queries_of_part(const KeyTile *x, int part, int parts, int queries, const Mask *mask, int64_t *from, int64_t *to) {
+    *from = x->from;
+    *to = x->to;
+    if (parts == 1) return;
+    const int length = (int)(x->to - x->from), each = (length + parts - 1) / parts, first = ((int)x->from / queries + part) * queries;
+    if (mask->kind == MASK_SELECTED) {
+        *from = x->from + part * each;
+        *to = x->from + min32((part + 1) * each, length);
     } else {
-        const int64_t first = (x->from / queries + part) * queries;
         *from = max64(x->from, first);
         *to = min64(x->to, first + queries);
     }
@@ -2592,7 +2595,7 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
     const KeyTile x = key_tile_at(tile, RANGE_KEYS, &mask, &s, &takers);
     const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV;
     int64_t from, to;
-    queries_of_part(&x, part, parts, lists.queries, &mask, &from, &to);
+    queries_of_part(&x, part, parts, (int)lists.queries, &mask, &from, &to);
     const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS, t0 = (int)s.t0;
     const int *list = mask.kind == MASK_SELECTED ? takers.queries + from : NULL;
     bf16 *key_tile = (bf16 *)fast_shared, *value_tile = key_tile + keys * D, *memory = value_tile + keys * DV;
@@ -4049,10 +4052,10 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     const int tile = own.tile, part = own.part, parts = lists.start[tile + 1] - lists.start[tile];
     const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, &takers);
     int64_t from, to;
-    queries_of_part(&x, part, parts, lists.queries, &mask, &from, &to);
+    queries_of_part(&x, part, parts, (int)lists.queries, &mask, &from, &to);
     const int G = s.H / s.KV, tokens = ROWS / G, queue = (int)(to - from), steps = (queue + tokens - 1) / tokens;
     // A window's tiles each begin where the position is a multiple of their queries' number, and go round: so neighbours, too, meet the same queries at the same time.
-    const int turn = LISTED || parts > 1 || steps == 0 ? 0 : (steps - (int)(from / tokens % steps)) % steps;
+    const int behind = LISTED || parts > 1 || steps == 0 ? 0 : (int)from / tokens % steps, turn = behind ? steps - behind : 0;
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
@@ -4084,19 +4087,23 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         constexpr int WARPS = WARPGROUP / WARP, EACH = ROWS / WARP;
         int place[EACH], head[EACH], token[EACH];       // of this lane's rows: the place in the stage, the head
         const auto token_at = [&](int at) { return LISTED ? takers.queries[from + min32(at, queue - 1)] : (int)from + at; };
-        const auto in_turn = [&](int stage) { return stage + turn < steps ? stage + turn : stage + turn - steps; };
         const int warp = threadIdx.x / WARP;
         const RowStats *of_head = stats + x.b * s.T * s.H + x.kv * G;
+        int at = warp + turn;       // which tokens of the queue: `turn` stages on, and round
+        if (!LISTED && at >= steps) at -= steps;
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             place[i] = (i * WARP + lane()) / G;
             head[i] = (i * WARP + lane()) % G;
-            token[i] = token_at(in_turn(warp) * tokens + place[i]);
+            token[i] = token_at(at * tokens + place[i]);
         }
         ring.skip(warp);
         for (int stage = warp; stage < steps; stage += WARPS, ring.skip(WARPS)) {
             bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
             StageStats *to = stage_stats + ring.at;
+            const int here = at;
+            at += WARPS;
+            if (!LISTED && at >= steps) at -= steps;
             barrier_wait(empty + ring.at, ring.parity ^ 1);
             if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
             __syncwarp();
@@ -4111,9 +4118,9 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             for (int i = 0; i < EACH; i++) {
                 const int row = i * WARP + lane();
                 to->position[row] = (int)s.t0 + token[i];
-                if (row < tokens * G && in_turn(stage) * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
+                if (row < tokens * G && here * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
                 else to->of_row[row] = make_float2(INFINITY, 0);
-                token[i] = token_at(in_turn(stage + WARPS) * tokens + place[i]);
+                token[i] = token_at(at * tokens + place[i]);
             }
             barrier_arrive(full + ring.at);
             barrier_arrive_copied(full + ring.at);
