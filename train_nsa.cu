@@ -2442,8 +2442,10 @@ __device__ static inline KeyTile key_tile_at(int64_t item, int most, const Mask 
     return x;
 }
 
-// How the work is cut: at most `queries` of a tile make one part. `items` and `slots` are bounds for the launch and for the memory, which hold for any lists.
+// How the work is cut: at most `queries` of a tile make one part, of so many rows at least; FINE_ROWS are worth the beginning and the end of a part. `items` and `slots` are bounds for the
+// launch and for the memory, which hold for any lists: all parts, and those that go to memory, slot_size numbers each.
 typedef struct Parts { int64_t tiles, queries, items, slots, slot_size; } Parts;
+// Lists are cut into equal parts, ranges at multiples of `queries`.
 DEVICE static inline int64_t parts_of_queue(const Mask *mask, int64_t from, int64_t to, int64_t queries) {
     if (to - from <= queries) return 1;
     return mask->kind == MASK_SELECTED ? (to - from + queries - 1) / queries : (to - 1) / queries - from / queries + 1;
@@ -2463,7 +2465,7 @@ static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape
     Parts p = {each * bkv, 0, 0, 0, (int64_t)tile_keys(most, mask) * (s->D + s->Dv)};
     const int64_t processors = gpu.multiProcessorCount;
     p.queries = max64((PART_ROWS + G - 1) / G, work / (PARTS_PER_PROCESSOR * processors) + 1);
-    // Where tiles are few or of very different length the last parts are waited for: finer ones, as long as each is worth its beginning and its end.
+    // Where tiles are few or of very different length the last parts are waited for.
     if (listed || p.tiles < PARTS_PER_PROCESSOR * processors) p.queries = max64(min64(p.queries, FINE_ROWS / G), work / (FINE_PARTS * processors) + 1);
     if (listed) {
         p.items = p.tiles + work / p.queries;       // a tile of L queries has at most 1 + L / queries parts
@@ -2479,8 +2481,7 @@ static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape
 // What the kernels know of it: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each); and of ranges that are cut, which part of which
 // tile each block takes.
 typedef struct TilePart { int tile, part; } TilePart;
-typedef struct PartLists { int *start, *slot; TilePart *order; int64_t tiles, queries; } PartLists;
-static int parts_have_order(const Parts *p, const Mask *mask) { return mask->kind != MASK_SELECTED && p->slots > 0; }
+typedef struct PartLists { int *start, *slot; TilePart *order; int64_t tiles; int queries; } PartLists;
 // `partial`: these lists, then the parts.
 static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1) + 2 * p->items, 32); }
 static int64_t parts_numbers(int most, const Mask *mask, const AttentionShape *s) {
@@ -2541,31 +2542,38 @@ __global__ void order_parts_kernel(PartLists lists, int most, Mask mask, Attenti
     }
     lists.order[place] = own;
 }
-__device__ static inline TilePart part_of_block(const PartLists *lists) { return lists->order ? lists->order[blockIdx.x] : part_at(lists, (int)blockIdx.x); }
 
 // Makes the lists at `partial`.
 static PartLists make_parts(const Parts *p, int most, const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
     int *start = (int *)partial, *slot = start + p->tiles + 1;
-    const PartLists lists = {start, slot, parts_have_order(p, mask) ? (TilePart *)(slot + p->tiles + 1) : NULL, p->tiles, p->queries};
+    const int ordered = mask->kind != MASK_SELECTED && p->slots > 0;
+    const PartLists lists = {start, slot, ordered ? (TilePart *)(slot + p->tiles + 1) : NULL, p->tiles, (int)p->queries};
     fast_parts_kernel<<<1, PART_THREADS>>>(lists, most, *mask, *s, *takers);
     if (lists.order) order_parts_kernel<<<grid(p->items, THREADS), THREADS>>>(lists, most, *mask, *s, *takers);
     LAUNCHED();
     return lists;
 }
 
-// The queries of a part of a tile, or in its list.
-__device__ static inline void queries_of_part(const KeyTile *x, int part, int parts, int queries, const Mask *mask, int64_t *from, int64_t *to) {
-    *from = x->from;
-    *to = x->to;
-    if (parts == 1) return;
-    const int length = (int)(x->to - x->from), each = (length + parts - 1) / parts, first = ((int)x->from / queries + part) * queries;
+// The part that a block of threads takes: x is its tile with the queries of this part, one of several; 0 for a block behind the last part.
+typedef struct KeyPart { KeyTile x; int tile, part, parts; } KeyPart;
+__device__ static inline int part_of_block(KeyPart *own, const PartLists *lists, int most, const Mask *mask, const AttentionShape *s, const Takers *takers) {
+    if ((int)blockIdx.x >= lists->start[lists->tiles]) return 0;
+    const TilePart of = lists->order ? lists->order[blockIdx.x] : part_at(lists, (int)blockIdx.x);
+    const int part = of.part, parts = lists->start[of.tile + 1] - lists->start[of.tile];
+    const KeyTile all = key_tile_at(of.tile, most, mask, s, takers);
+    own->x = all;
+    own->tile = of.tile, own->part = part, own->parts = parts;
+    if (parts == 1) return 1;
     if (mask->kind == MASK_SELECTED) {
-        *from = x->from + part * each;
-        *to = x->from + min32((part + 1) * each, length);
+        const int length = (int)(all.to - all.from), each = (length + parts - 1) / parts;
+        own->x.from = all.from + part * each;
+        own->x.to = all.from + min32((part + 1) * each, length);
     } else {
-        *from = max64(x->from, first);
-        *to = min64(x->to, first + queries);
+        const int first = ((int)all.from / lists->queries + part) * lists->queries;
+        own->x.from = max64(all.from, first);
+        own->x.to = min64(all.to, first + lists->queries);
     }
+    return 1;
 }
 
 // A block's shared memory: keys and values, then two stages of rows, each of q, dout and three numbers; tokens and heads of four stages.
@@ -2589,14 +2597,12 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
                 Mask mask, AttentionShape s, Takers takers, float *partial, PartLists lists) {
     constexpr int STEP = D == 64 ? 32 : 16, STAGE = ROWS * (D + DV);
     extern __shared__ uint4 fast_shared[];
-    if ((int)blockIdx.x >= lists.start[lists.tiles]) return;
-    const TilePart own = part_of_block(&lists);
-    const int tile = own.tile, part = own.part, parts = lists.start[tile + 1] - lists.start[tile];
-    const KeyTile x = key_tile_at(tile, RANGE_KEYS, &mask, &s, &takers);
+    KeyPart own;
+    if (!part_of_block(&own, &lists, RANGE_KEYS, &mask, &s, &takers)) return;
+    const KeyTile x = own.x;
+    const int64_t from = x.from;
     const int keys = blockDim.x / 2, count = (int)x.count, G = s.H / s.KV;
-    int64_t from, to;
-    queries_of_part(&x, part, parts, (int)lists.queries, &mask, &from, &to);
-    const int rows = (int)(to - from) * G, stages = (rows + ROWS - 1) / ROWS, t0 = (int)s.t0;
+    const int rows = (int)(x.to - from) * G, stages = (rows + ROWS - 1) / ROWS, t0 = (int)s.t0;
     const int *list = mask.kind == MASK_SELECTED ? takers.queries + from : NULL;
     bf16 *key_tile = (bf16 *)fast_shared, *value_tile = key_tile + keys * D, *memory = value_tile + keys * DV;
     float *numbers = (float *)(memory + 2 * STAGE);                 // (stage, lse / delta / gate, ROWS)
@@ -2694,10 +2700,10 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
         cp_async_commit();
     }
 
-    if (parts > 1) {        // (keys, D + DV) of this part
+    if (own.parts > 1) {        // (keys, D + DV) of this part
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float *to_key = partial + ((lists.slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[own.tile] + own.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -2837,13 +2843,13 @@ static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate
     const Parts p = attention_parts_of(RANGE_KEYS, mask, s);
     const int keys = tile_keys(RANGE_KEYS, mask);
     const int64_t bytes = dkv_bytes<D, DV, ROWS>(keys);
-    const Takers of_lists = takers_or_none(takers);
-    const PartLists lists = make_parts(&p, RANGE_KEYS, mask, s, &of_lists, partial);
+    const Takers queues = takers_or_none(takers);
+    const PartLists lists = make_parts(&p, RANGE_KEYS, mask, s, &queues, partial);
     allow_shared(fast_dkv_kernel<D, DV, ROWS>, bytes, FAST_NAME, FAST_FIX);
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
-        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, of_lists, partial + parts_header(&p), lists);
+        dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, queues, partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, of_lists);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, queues);
     LAUNCHED();
 }
 
@@ -4047,15 +4053,13 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     typedef HopperDkv<D, DV, LISTED> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
     extern __shared__ SharedKilobyte hopper_shared[];
-    if ((int)blockIdx.x >= lists.start[lists.tiles]) return;
-    const TilePart own = part_of_block(&lists);
-    const int tile = own.tile, part = own.part, parts = lists.start[tile + 1] - lists.start[tile];
-    const KeyTile x = key_tile_at(tile, KEYS, &mask, &s, &takers);
-    int64_t from, to;
-    queries_of_part(&x, part, parts, (int)lists.queries, &mask, &from, &to);
-    const int G = s.H / s.KV, tokens = ROWS / G, queue = (int)(to - from), steps = (queue + tokens - 1) / tokens;
+    KeyPart own;
+    if (!part_of_block(&own, &lists, KEYS, &mask, &s, &takers)) return;
+    const KeyTile x = own.x;
+    const int64_t from = x.from;
+    const int G = s.H / s.KV, tokens = ROWS / G, queue = (int)(x.to - from), steps = (queue + tokens - 1) / tokens;
     // A window's tiles each begin where the position is a multiple of their queries' number, and go round: so neighbours, too, meet the same queries at the same time.
-    const int behind = LISTED || parts > 1 || steps == 0 ? 0 : (int)from / tokens % steps, turn = behind ? steps - behind : 0;
+    const int behind = LISTED || own.parts > 1 || steps == 0 ? 0 : (int)from / tokens % steps, turn = behind ? steps - behind : 0;
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
@@ -4089,8 +4093,8 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         const auto token_at = [&](int at) { return LISTED ? takers.queries[from + min32(at, queue - 1)] : (int)from + at; };
         const int warp = threadIdx.x / WARP;
         const RowStats *of_head = stats + x.b * s.T * s.H + x.kv * G;
-        int at = warp + turn;       // which tokens of the queue: `turn` stages on, and round
-        if (!LISTED && at >= steps) at -= steps;
+        const auto go_round = [&](int at) { return LISTED || at < steps ? at : at - steps; };
+        int at = go_round(warp + turn);     // which tokens of the queue a stage has
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             place[i] = (i * WARP + lane()) / G;
@@ -4101,9 +4105,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         for (int stage = warp; stage < steps; stage += WARPS, ring.skip(WARPS)) {
             bf16 *q_tile = q_tiles + ring.at * ROWS * D, *dout_tile = dout_tiles + ring.at * ROWS * DV;
             StageStats *to = stage_stats + ring.at;
-            const int here = at;
-            at += WARPS;
-            if (!LISTED && at >= steps) at -= steps;
+            const int next = go_round(at + WARPS);
             barrier_wait(empty + ring.at, ring.parity ^ 1);
             if (lane() == 0) barrier_expect(full + ring.at, tokens * G * (D + DV) * 2);
             __syncwarp();
@@ -4118,10 +4120,11 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
             for (int i = 0; i < EACH; i++) {
                 const int row = i * WARP + lane();
                 to->position[row] = (int)s.t0 + token[i];
-                if (row < tokens * G && here * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
+                if (row < tokens * G && at * tokens + place[i] < queue) cp_async_8(to->of_row + row, of_head + (int64_t)token[i] * s.H + head[i]);
                 else to->of_row[row] = make_float2(INFINITY, 0);
-                token[i] = token_at(at * tokens + place[i]);
+                token[i] = token_at(next * tokens + place[i]);
             }
+            at = next;
             barrier_arrive(full + ring.at);
             barrier_arrive_copied(full + ring.at);
         }
@@ -4278,12 +4281,12 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         }
     }
 
-    if (parts > 1) {        // (keys, D + DV) of this part
+    if (own.parts > 1) {        // (keys, D + DV) of this part
         const int keys = tile_keys(KEYS, &mask);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (mine + lane() / 4 + i * 8 >= keys) continue;
-            float *to_key = partial + ((lists.slot[tile] + part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[own.tile] + own.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -4351,15 +4354,15 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
     const int64_t bytes = Plan::BYTES + Plan::STAGES * (int64_t)sizeof(StageStats) + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const int64_t box_rows = LISTED ? s->H / s->KV : Plan::ROWS;
     const Parts p = attention_parts_of(Plan::KEYS, mask, s);
-    const Takers of_lists = takers_or_none(takers);
-    const PartLists lists = make_parts(&p, Plan::KEYS, mask, s, &of_lists, partial);
+    const Takers queues = takers_or_none(takers);
+    const PartLists lists = make_parts(&p, Plan::KEYS, mask, s, &queues, partial);
     const CUtensorMap q_map = query_map(q, D, s->q_row, s, box_rows), dout_map = query_map(dout, DV, s->H * DV, s, box_rows);
     const CUtensorMap k_map = key_map(k, D, s->k_row, s, Plan::KEYS), v_map = key_map(v, DV, s->v_row, s, Plan::KEYS);
     allow_shared(hopper_dkv_kernel<D, DV, LISTED>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, of_lists,
+    hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, queues,
                                                                                         partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, of_lists);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, queues);
     LAUNCHED();
 }
 
