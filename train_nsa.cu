@@ -2034,6 +2034,9 @@ __device__ static inline int row_at(const FastRows *x, int i) { return min32(x->
 __device__ static inline int64_t token_of_row(const FastRows *x, int row, const AttentionShape *s) { return x->b * s->T + row / (s->H / s->KV); }
 __device__ static inline int head_of_row(const FastRows *x, int row, const AttentionShape *s) { return x->kv * (s->H / s->KV) + row % (s->H / s->KV); }
 __device__ static inline int64_t place_of_row(const FastRows *x, int row, const AttentionShape *s) { return token_of_row(x, row, s) * s->H + head_of_row(x, row, s); }
+// Where row i lies, and whether it is one.
+__device__ static inline int64_t place_of(const FastRows *x, int i, const AttentionShape *s) { return place_of_row(x, row_at(x, i), s); }
+__device__ static inline int is_row(const FastRows *x, int i) { return x->first + i <= x->last; }
 
 // The two rows of a lane, at x + place(row)·row_size, as left factors of W columns.
 template <int W>
@@ -2313,13 +2316,13 @@ static void fast_attention_forward(bf16 *out, float *lse, const bf16 *q, const b
 // the kernel of dk and dv. P = exp(S - lse) is there at once, so that keys are done 16 or 32 at a time.
 
 // The end of a warp's rows: dq = or += sum·factor, of each of a lane's two rows; four lanes write 32 bytes, which is what memory is written in.
-template <int D>
-__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], const float factor[2], const FastRows *rows, const AttentionShape *s) {
+template <int D, typename Rows>
+__device__ static inline void store_dq(float *dq, int accumulate, const float (*sum)[4], const float factor[2], const Rows *rows, const AttentionShape *s) {
     #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int row = rows->first + lane() / 4 + i * 8;
-        if (row > rows->last) continue;
-        float2 *to = (float2 *)(dq + place_of_row(rows, row, s) * D + lane() % 4 * 2);
+        const int row = lane() / 4 + i * 8;
+        if (!is_row(rows, row)) continue;
+        float2 *to = (float2 *)(dq + place_of(rows, row, s) * D + lane() % 4 * 2);
         #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             const float2 old = accumulate ? to[n * 4] : make_float2(0, 0);
@@ -3061,7 +3064,7 @@ template <int DV>
 struct RowChunks {
     enum { COUNT = MMA_ROWS * (DV / 8) / WARP };
     int64_t place;      // of row lane % 16
-    __device__ RowChunks(const FastRows *rows, const AttentionShape *s) : place(place_of_row(rows, row_at(rows, lane() % MMA_ROWS), s)) {}
+    template <typename Rows> __device__ RowChunks(const Rows *rows, const AttentionShape *s) : place(place_of(rows, lane() % MMA_ROWS, s)) {}
     __device__ static int row(int i) { return i * (WARP / (DV / 8)) + lane() / (DV / 8); }
     __device__ static int chunk(void) { return lane() % (DV / 8); }
     __device__ int64_t of_row(int row) const { return __shfl_sync(~0u, (long long)place, row); }
@@ -3103,9 +3106,9 @@ struct BranchesBefore {
 
 // The end of a warp's rows: out = o / sum and lse, and with `before` the sum of the branches. The results pass through the place of the warpgroup's queries, which
 // have been read for the last time.
-template <int DV>
+template <int DV, typename Rows>
 __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
-                                         const FastRows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
+                                         const Rows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
     const int first = first_of_warp(slab);
     const RowChunks<DV> chunks(rows, s);
     float inverse[2];
@@ -3115,7 +3118,7 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
         inverse[i] = all > 0 ? 1 / all : all;      // a NaN stays one
         const int row = lane() / 4 + i * 8;
         const int64_t place = chunks.of_row(row);
-        if (lane() % 4 == 0 && rows->first + row <= rows->last) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
+        if (lane() % 4 == 0 && is_row(rows, row)) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
     }
     threads_sync(sync, WARPGROUP);
     #pragma unroll
@@ -3128,7 +3131,7 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
     for (int i = 0; i < RowChunks<DV>::COUNT; i++) {
         const int64_t at = chunks.of_chunk(i);
         const uint4 x = *(const uint4 *)panel_chunk(tile, tile_rows, first + chunks.row(i), chunks.chunk()), y = total ? before->sum(i, x) : x;
-        if (rows->first + chunks.row(i) > rows->last) continue;
+        if (!is_row(rows, chunks.row(i))) continue;
         *(uint4 *)(out + at) = x;
         if (total) *(uint4 *)(total + at) = y;
     }
@@ -3499,15 +3502,48 @@ static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 
 // ----------------------------------------------------------------------------
 // Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
-// gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain; where they do not, what a
-// multiprocessor can fetch still is the limit, not what it can multiply. Each warpgroup has a warp that copies for it and rings of its own.
+// gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain. Each warpgroup has a warp that copies for
+// it and rings of its own.
+// What a multiprocessor can fetch from the L2 cache is one limit. At D = 128 a warpgroup therefore has two such sets of queries (HALVES), whose tiles come once: a
+// step is a tile and a half that takes it. What the warps of a warpgroup do between two products is the other limit: they wait for each other. A warp has
+// some heads of all queries, not all heads of some: when few chose a block, every warp has few rows with work and none has all.
 
 template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
-// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + SLAB_ROWS / G - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in the
-// L2 cache.
-template <int SLABS>
+// A warp has a quarter of the heads of all queries where they can be divided so, else all heads of some.
+DEVICE static inline int heads_of_warp(int G) { return G % 4 ? G : G / 4; }
+static CUtensorMap group_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s) {
+    return tensor_map(x, width, s->H, s->T, s->B, row, heads_of_warp((int)(s->H / s->KV)), slab_tokens(s, SLAB_ROWS));
+}
+// The 16 rows of a warp: row i is the (first + i) / heads-th of `tokens` queries from t0 on, of that head head0 + (first + i) % heads. Behind the last they repeat it
+// and are not written.
+struct GroupRows {
+    int b, kv, t0, tokens, first, head0, heads;
+    __device__ GroupRows(int G) : b(0), kv(0), t0(0), tokens(0) {
+        const int warp = (int)(threadIdx.x / WARP) % 4;
+        heads = heads_of_warp(G);
+        first = G % 4 ? warp * MMA_ROWS : 0;
+        head0 = G % 4 ? 0 : warp * heads;
+    }
+    __device__ void at(const RowTile *x, int from, int most, const AttentionShape *s) {
+        b = x->b, kv = x->kv, t0 = from;
+        tokens = min32(most, (int)s->T - from);
+    }
+    __device__ int query(int i) const { return (first + i) / heads; }
+    // A bit for each query of the upper (0) or lower (1) 8 rows.
+    __device__ unsigned queries(int lower) const { return (unsigned)same_in_warp((int)(~0u << query(8 * lower) & ~0u >> (WARP - 1 - query(8 * lower + 7)))); }
+};
+__device__ static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
+__device__ static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
+    return (x->b * s->T + x->t0 + min32(x->query(i), x->tokens - 1)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
+}
+// Of a lane's two rows those FROM .. TO - 1.
+template <int FROM, int TO> struct LaneRows { enum { from = FROM, to = TO }; };
+
+// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + HALVES·(SLAB_ROWS / G) - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in
+// the L2 cache.
+template <int SLABS, int HALVES>
 __device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
-    const int tokens = SLAB_ROWS / (s->H / s->KV), groups = ((int)s->T + tokens - 1) / tokens;
+    const int tokens = HALVES * (SLAB_ROWS / (s->H / s->KV)), groups = ((int)s->T + tokens - 1) / tokens;
     const int64_t item = ((int64_t)round * gridDim.x + blockIdx.x) * SLABS + slab;
     if (item >= s->B * s->KV * groups) return 0;
     x->b = (int)(item / groups) / s->KV;
@@ -3521,8 +3557,8 @@ struct BlockMerge {
     const int *idx;
     int n, i, head, after;
     __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
-    __device__ void begin(const RowTile *x, const Mask *mask, const AttentionShape *s) {
-        const int t = x->t0 + lane(), there = lane() < SLAB_ROWS / (s->H / s->KV) && t < (int)s->T;
+    __device__ void begin(const RowTile *x, int tokens, const Mask *mask, const AttentionShape *s) {
+        const int t = x->t0 + lane(), there = lane() < tokens && t < (int)s->T;
         idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
         n = there ? mask->n : 0;
         i = 1;
@@ -3542,10 +3578,11 @@ struct BlockMerge {
 struct alignas(8) Chosen { int block; unsigned choosers; };     // what goes with a tile of keys; a block of -1, without a tile, ends a group of queries
 
 // A warpgroup's part of shared memory: its queries (and with DOUT the gradients of their results), rings of keys and values, who chose these.
-template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT>
+template <int D, int DV, int K_STAGES, int V_STAGES, int DOUT, int HALVES_ = 1>
 struct SelectedSlab {
+    enum { HALVES = HALVES_, Q_ROWS = HALVES * SLAB_ROWS, KEY_STAGES = K_STAGES, VALUE_STAGES = V_STAGES };
     enum { SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, THREADS = (SLABS + 1) * WARPGROUP, BARRIERS = 2 + 2 * (K_STAGES + V_STAGES) };
-    enum { TILES = (SLAB_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
+    enum { TILES = (Q_ROWS * (D + DOUT * DV) + KEYS * (K_STAGES * D + V_STAGES * DV)) * 2, BYTES = SLABS * (TILES + (BARRIERS + K_STAGES) * 8) };
     bf16 *q_tile, *dout_tile, *key_tiles, *value_tiles;
     uint64_t *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
     Chosen *chosen;
@@ -3553,8 +3590,8 @@ struct SelectedSlab {
     __device__ void begin(SharedKilobyte *shared, int slab) {
         unsigned char *memory = (unsigned char *)shared;
         q_tile = (bf16 *)(memory + slab * TILES);
-        dout_tile = q_tile + SLAB_ROWS * D;
-        key_tiles = dout_tile + DOUT * SLAB_ROWS * DV;
+        dout_tile = q_tile + Q_ROWS * D;
+        key_tiles = dout_tile + DOUT * Q_ROWS * DV;
         value_tiles = key_tiles + K_STAGES * KEYS * D;
         q_full = (uint64_t *)(memory + SLABS * TILES) + slab * BARRIERS;
         q_empty = q_full + 1;
@@ -3571,21 +3608,26 @@ struct SelectedSlab {
     // All that the warp that copies does.
     __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
                           const AttentionShape *s) const {
-        const int G = s->H / s->KV, tokens = SLAB_ROWS / G;
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G, heads = heads_of_warp(G);
         RowTile x;
         Ring<1> q_ring;
         Ring<K_STAGES> k_ring;
         Ring<V_STAGES> v_ring;
-        for (int round = 0; query_group<SLABS>(&x, round, slab, s); round++) {
+        for (int round = 0; query_group<SLABS, HALVES>(&x, round, slab, s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
             if (lane() == 0) {
-                barrier_expect(q_full, tokens * G * (D + DOUT * DV) * 2);
-                copy_tile<D>(q_tile, SLAB_ROWS, q_map, x.b, x.t0, x.kv * G, q_full);
-                if (DOUT) copy_tile<DV>(dout_tile, SLAB_ROWS, dout_map, x.b, x.t0, x.kv * G, q_full);
+                barrier_expect(q_full, HALVES * tokens * G * (D + DOUT * DV) * 2);
+                for (int half = 0; half < HALVES; half++)
+                    for (int head = 0; head < G; head += heads) {
+                        const int t0 = x.t0 + half * tokens, row = head / heads * MMA_ROWS * PANEL;
+                        copy_tile<D>(q_tile + half * SLAB_ROWS * D + row, SLAB_ROWS, q_map, x.b, t0, x.kv * G + head, q_full);
+                        if (DOUT) copy_tile<DV>(dout_tile + half * SLAB_ROWS * DV + row, SLAB_ROWS, dout_map, x.b, t0, x.kv * G + head, q_full);
+                    }
             }
             q_ring.next();
             BlockMerge merge;
-            merge.begin(&x, mask, s);
+            merge.begin(&x, HALVES * tokens, mask, s);
+            int before = -1;
             for (int more = 1; more;) {
                 Chosen next;
                 next.block = merge.next(&next.choosers);
@@ -3601,45 +3643,78 @@ struct SelectedSlab {
                     }
                 }
                 k_ring.next();
-                if (!more) continue;
+                // Backward needs keys and values at the same time, forward the next tile's keys before this one's values.
+                const int block = DOUT ? next.block : before;
+                before = next.block;
+                if (block < 0) continue;
                 barrier_wait(v_empty + v_ring.at, v_ring.parity ^ 1);
                 if (lane() == 0) {
                     barrier_expect(v_full + v_ring.at, KEYS * DV * 2);
-                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, next.block * KEYS, x.kv, v_full + v_ring.at);
+                    copy_tile<DV>(value_tiles + v_ring.at * KEYS * DV, KEYS, v_map, x.b, block * KEYS, x.kv, v_full + v_ring.at);
                 }
                 v_ring.next();
             }
         }
     }
-    // What was chosen with the tile of keys `at`. The lane that lets go of it reads it; the broadcast shows the compiler that it is the same for the whole warp.
-    __device__ Chosen chosen_at(int at) const {
+    // What was chosen with the tile of keys `at`: the lane that lets go of it reads it, and tells the others. The compiler then knows that it is the same for all.
+    __device__ Chosen read_chosen(int at) const {
         Chosen now = {0, 0};
         if (lane() == 0) now = chosen[at];
-        now.block = __shfl_sync(~0u, now.block, 0);
-        now.choosers = __shfl_sync(~0u, now.choosers, 0);
         return now;
     }
 };
-// The two rows of a lane among the queries of its group.
-struct GroupRows { int query[2]; };
-HOPPER_DEVICE static inline GroupRows group_rows(int G) {
-    const int first = (int)(threadIdx.x / WARP) % 4 * MMA_ROWS;
-    const GroupRows rows = {{(first + lane() / 4) / G, (first + lane() / 4 + 8) / G}};
-    return rows;
+__device__ static inline Chosen same_in_warp(const Chosen &x) {
+    const Chosen same = {__shfl_sync(~0u, x.block, 0), __shfl_sync(~0u, x.choosers, 0)};
+    return same;
 }
-HOPPER_DEVICE static inline int chose(const Chosen *now, int query) { return query < WARP && (now->choosers >> query & 1); }
 
-template <int D, int DV> using SelectedForward = SelectedSlab<D, DV, 3, 3, 0>;
+// Rows (16,DV) of a warp, o over the sums of its weights, and their log-sum-exps. From registers, so that the queries' tile is free for the next ones: the four
+// lanes of a row exchange what they have, until each has 8 channels that lie together.
+template <int DV>
+__device__ static inline void store_group_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], const GroupRows *rows, const AttentionShape *s) {
+    const int odd = lane() & 1, high = lane() & 2;
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float all = quad_sum(sum[i]), inverse = all > 0 ? 1 / all : all;      // a NaN stays one
+        const int row = lane() / 4 + i * 8, there = is_row(rows, row);
+        const int64_t place = place_of(rows, row, s);
+        if (lane() % 4 == 0 && there) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
+        #pragma unroll
+        for (int m = 0; m < DV / 32; m++) {
+            unsigned x[4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) x[j] = two_bf16(o[m * 4 + j][i * 2] * inverse, o[m * 4 + j][i * 2 + 1] * inverse);
+            #pragma unroll
+            for (int j = 0; j < 4; j += 2) {        // x[j] of lane i is channels 2·i and 2·i + 1 of 8; a transposition, of 2x2 and then of their 2x2
+                const unsigned other = __shfl_xor_sync(~0u, odd ? x[j] : x[j + 1], 1);
+                if (odd) x[j] = other;
+                else x[j + 1] = other;
+            }
+            #pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const unsigned other = __shfl_xor_sync(~0u, high ? x[j] : x[j + 2], 2);
+                if (high) x[j] = other;
+                else x[j + 2] = other;
+            }
+            if (there) *(uint4 *)(out + place * DV + (m * 4 + lane() % 4) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
 
-template <int D, int DV>
-__global__ void __launch_bounds__(SelectedForward<D, DV>::THREADS, 1)
+// Weights are relative to a score that is the highest of the row so far, or less by a factor of 2^LAZY at most: what was summed before seldom has to shrink.
+enum { LAZY = 8 };
+template <int D, int DV, int HALVES> using SelectedForward = SelectedSlab<D, DV, 3, HALVES == 2 ? 2 : 3, 0, HALVES>;
+
+template <int D, int DV, int HALVES>
+__global__ void __launch_bounds__(SelectedForward<D, DV, HALVES>::THREADS, 1)
 hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                                const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
-    constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS, STAGES = 3;
+    typedef SelectedForward<D, DV, HALVES> Plan;
+    constexpr int SLABS = Plan::SLABS, KEYS = Plan::KEYS;
     extern __shared__ SharedKilobyte hopper_shared[];
     const int group = same_in_warp(threadIdx.x / WARPGROUP), slab = same_in_warp(group ? group - 1 : threadIdx.x / WARP);       // of a warp that copies: whom it does it for
-    SelectedForward<D, DV> my;
+    Plan my;
     my.begin(hopper_shared, slab);
     if (group == 0 && slab < SLABS && lane() == 0) my.make_barriers();
     __syncthreads();
@@ -3652,54 +3727,99 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     registers_more<merged_registers<SLABS>>();
     const float scale2 = LOG2E / sqrtf((float)D);
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
-    const GroupRows of = group_rows(G);
+    GroupRows rows(G);
+    const int query[2] = {rows.query(lane() / 4), rows.query(lane() / 4 + 8)};
+    const unsigned own[2] = {rows.queries(0), rows.queries(1)}, all = (1u << tokens) - 1;       // G is 4 at least
     RowTile x;
     Ring<1> q_ring;
-    Ring<STAGES> k_ring, v_ring;
-    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
-        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
-        float o[DV / 8][4] = {{0}}, p[KEYS / 8][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+    Ring<Plan::KEY_STAGES> k_ring;
+    Ring<Plan::VALUE_STAGES> v_ring;
+    for (int round = 0; query_group<SLABS, HALVES>(&x, round, slab, &s); round++) {
+        float o[HALVES][DV / 8][4] = {{{0}}}, p[KEYS / 8][4], top[HALVES][2], sum[HALVES][2], shrink[2];
+        #pragma unroll
+        for (int half = 0; half < HALVES; half++) top[half][0] = top[half][1] = -INFINITY, sum[half][0] = sum[half][1] = 0;
         unsigned weights[KEYS / 16][4];
-        Chosen now, next;       // the tile of keys at hand and the one after it, which is looked up while products are on their way
-        int tile = 0;           // where that at hand lies
-
-        const auto next_tile = [&] {
+        int shrinks = 0;        // bit i: o must shrink in a lane's row i
+        // A tile of keys and a half that takes it, the last to do so or not: the step at hand and the next one, which is looked up while products are on their way.
+        struct Step { int block, half, last; unsigned choosers; } now, next = {0, 0, 1, 0};
+        unsigned others = 0;        // who of the second half chose the next one's tile
+        Chosen ahead = {0, 0};
+        const auto read_ahead = [&] {       // in time for look_ahead
+            if (!next.last) return;
             barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            next = my.chosen_at(k_ring.at);
+            ahead = my.read_chosen(k_ring.at);
         };
+        const auto look_ahead = [&] {
+            if (!next.last) {
+                next.half = next.last = 1;
+                next.choosers = others;
+                return;
+            }
+            const Chosen chosen = same_in_warp(ahead);
+            const unsigned first = chosen.choosers & all;
+            others = HALVES == 2 ? chosen.choosers >> tokens : 0;
+            next.block = chosen.block;
+            next.half = HALVES == 2 && !first;
+            next.last = next.half || !others;
+            next.choosers = next.half ? others : first;
+        };
+        int tile = 0;
         const auto issue_scores = [&] {
             now = next;
             tile = k_ring.at;
             wgmma_begin();
-            slab_times_turned<D, KEYS>(p, my.q_tile, SLAB_ROWS, my.key_tiles + tile * KEYS * D, KEYS);
+            slab_times_turned<D, KEYS>(p, my.q_tile + now.half * SLAB_ROWS * D, SLAB_ROWS, my.key_tiles + tile * KEYS * D, KEYS);
             wgmma_commit();
-            k_ring.next();
+            if (now.last) k_ring.next();
         };
-        const auto issue_values = [&] {
+        const auto issue_values_of = [&](float (*sums)[4]) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (shrinks >> i & 1)
+                    #pragma unroll
+                    for (int n = 0; n < DV / 8; n++) sums[n][i * 2] *= shrink[i], sums[n][i * 2 + 1] *= shrink[i];
             barrier_wait(my.v_full + v_ring.at, v_ring.parity);
             wgmma_begin();
-            factor_times_rows<DV, KEYS>(o, weights, my.value_tiles + v_ring.at * KEYS * DV);
+            factor_times_rows<DV, KEYS>(sums, weights, my.value_tiles + v_ring.at * KEYS * DV);
             wgmma_commit();
         };
-        const auto exponentials = [&] {
-            const int k0 = now.block * KEYS - (int)s.t0;     // from the first query on
-            if (k0 + KEYS - 1 > x.t0) {
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2]) p[n][e] = -INFINITY;
+        const auto issue_values = [&](int half) {
+            if (HALVES == 2 && half) issue_values_of(o[HALVES - 1]);
+            else issue_values_of(o[0]);
+        };
+        const auto scores_done = [&] {
+            wgmma_done<KEYS>(p);
+            if (now.last) let_go(my.k_empty + tile);
+        };
+        const auto values_done = [&](int last) {
+            wgmma_wait<0>();
+            #pragma unroll
+            for (int half = 0; half < HALVES; half++) wgmma_done<DV>(o[half]);
+            if (last) {
+                let_go(my.v_empty + v_ring.at);
+                v_ring.next();
             }
+        };
+        const auto exponentials_of = [&](auto which) {      // of these rows of a lane; nobody of the others chose the block
+            typedef decltype(which) Which;
+            shrinks = 0;
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float higher = top[i];
+                if (i < Which::from || i >= Which::to) {
+                    #pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++) p[n][i * 2] = p[n][i * 2 + 1] = 0;
+                    continue;
+                }
+                const float before = now.half ? top[HALVES - 1][i] : top[0][i];
+                float higher = before;
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++) higher = fmaxf(higher, fmaxf(p[n][i * 2], p[n][i * 2 + 1]));
                 higher = quad_max(higher);
-                const int member = chose(&now, of.query[i]);
+                const int member = now.choosers >> query[i] & 1, grows = member && !((higher - before) * scale2 <= LAZY);
+                if (!grows) higher = before;
                 const float shift = member ? higher * scale2 : INFINITY;        // a query sees something of each block that it chose
-                shrink[i] = member ? power_of_2(top[i] * scale2 - shift) : 1;
-                top[i] = member ? higher : top[i];
+                shrink[i] = grows ? power_of_2(before * scale2 - shift) : 1;
+                shrinks |= __any_sync(~0u, grows) << i;
                 float more_sum = 0;
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
@@ -3708,8 +3828,26 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
                         p[n][e] = power_of_2(p[n][e] * scale2 - shift);
                         more_sum += p[n][e];
                     }
-                sum[i] = sum[i] * shrink[i] + more_sum;
+                #pragma unroll
+                for (int half = 0; half < HALVES; half++)
+                    if (now.half == half) {
+                        top[half][i] = higher;
+                        sum[half][i] = sum[half][i] * shrink[i] + more_sum;
+                    }
             }
+        };
+        const auto exponentials = [&] {
+            const int t0 = x.t0 + now.half * tokens, k0 = now.block * KEYS - (int)s.t0;     // from the first query on
+            if (k0 + KEYS - 1 > t0) {
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t0 + query[e / 2]) p[n][e] = -INFINITY;
+            }
+            if (!(now.choosers & own[1])) exponentials_of(LaneRows<0, 1>());
+            else if (!(now.choosers & own[0])) exponentials_of(LaneRows<1, 2>());
+            else exponentials_of(LaneRows<0, 2>());
         };
         const auto as_weights = [&] {       // when no product reads the old ones any more
             #pragma unroll
@@ -3718,59 +3856,56 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
 
         barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
-        next_tile();        // every query has one
+        read_ahead();
+        look_ahead();       // every query has a block
         issue_scores();
-        next_tile();
+        read_ahead();
+        look_ahead();
         wgmma_wait<0>();
-        wgmma_done<KEYS>(p);
-        let_go(my.k_empty + tile);
+        scores_done();
         exponentials();
         as_weights();
         while (next.block >= 0) {
+            const Step before = now;
             issue_scores();
-            issue_values();
-            next_tile();
+            read_ahead();
+            issue_values(before.half);
+            look_ahead();
             wgmma_wait<1>();
-            wgmma_done<KEYS>(p);
-            let_go(my.k_empty + tile);
+            scores_done();
             exponentials();
-            wgmma_wait<0>();
-            wgmma_done<DV>(o);
-            let_go(my.v_empty + v_ring.at);
-            v_ring.next();
-            #pragma unroll
-            for (int n = 0; n < DV / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) o[n][e] *= shrink[e / 2];
+            values_done(before.last);
             as_weights();
         }
+        let_go(my.q_empty);
         let_go(my.k_empty + k_ring.at);
         k_ring.next();
-        issue_values();
-        wgmma_wait<0>();
-        wgmma_done<DV>(o);
-        let_go(my.v_empty + v_ring.at);
-        v_ring.next();
-        store_rows<DV>(out, lse, o, top, sum, my.q_tile, SLAB_ROWS, 0, 1 + slab, &rows, &s, NULL, NULL);
-        shared_written();
-        __syncwarp();
-        let_go(my.q_empty);
+        issue_values(now.half);
+        values_done(1);
+        #pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+            rows.at(&x, x.t0 + half * tokens, tokens, &s);
+            store_group_rows<DV>(out, lse, o[half], top[half], sum[half], &rows, &s);
+        }
     }
     #endif
 }
 
-template <int SLABS>
+template <int SLABS, int HALVES>
 static unsigned query_group_blocks(const AttentionShape *s) {
-    const int64_t tokens = slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
+    const int64_t tokens = HALVES * slab_tokens(s, SLAB_ROWS), groups = s->B * s->KV * ((s->T + tokens - 1) / tokens);
     return (unsigned)min64(gpu.multiProcessorCount, (groups + SLABS - 1) / SLABS);
 }
 
-template <int D, int DV>
+// Whether warpgroups take two sets of queries at once: where they have enough of them to do, so that it does not matter when each is done.
+enum { ROUNDS_IN_HALVES = 24 };
+static int selected_in_halves(const AttentionShape *s) { return s->B * s->H * s->T >= (int64_t)ROUNDS_IN_HALVES * 2 * SLAB_ROWS * selected_slabs<128> * gpu.multiProcessorCount; }
+template <int D, int DV, int HALVES>
 static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    typedef SelectedForward<D, DV> Plan;
-    allow_shared(hopper_selected_forward_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_selected_forward_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
-        out, lse, query_map(q, D, s->q_row, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
+    typedef SelectedForward<D, DV, HALVES> Plan;
+    allow_shared(hopper_selected_forward_kernel<D, DV, HALVES>, Plan::BYTES, FAST_NAME, FAST_FIX);
+    hopper_selected_forward_kernel<D, DV, HALVES><<<query_group_blocks<Plan::SLABS, HALVES>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        out, lse, group_map(q, D, s->q_row, s), key_map(k, D, s->k_row, s, Plan::KEYS), key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }
 
@@ -3780,8 +3915,9 @@ static int shares_blocks(const Mask *mask) { return mask->sel_block == SLAB_ROWS
 // With `total`, of a range of keys, the sum of the branches too.
 static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, const BranchSum<bf16> *total = NULL) {
     if (mask->kind == MASK_SELECTED && !shares_blocks(mask)) fast_attention_forward(out, lse, q, k, v, mask, s);
-    else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64>(out, lse, q, k, v, mask, s);
-    else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128>(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED && s->D == 64) hopper_selected_forward_of_shape<64, 64, 1>(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED && selected_in_halves(s)) hopper_selected_forward_of_shape<128, 128, 2>(out, lse, q, k, v, mask, s);
+    else if (mask->kind == MASK_SELECTED) hopper_selected_forward_of_shape<128, 128, 1>(out, lse, q, k, v, mask, s);
     else if (s->D == 64) hopper_range_forward<64, 64>(out, lse, q, k, v, mask, s, total);
     else hopper_range_forward<128, 128>(out, lse, q, k, v, mask, s, total);
 }
@@ -3935,25 +4071,26 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     registers_more<merged_registers<SLABS>>();
     const float scale = 1 / sqrtf((float)D), scale2 = scale * LOG2E, factors[2] = {scale, scale};
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
-    const GroupRows of = group_rows(G);
+    GroupRows rows(G);
+    const int query[2] = {rows.query(lane() / 4), rows.query(lane() / 4 + 8)};
     RowTile x;
     Ring<1> q_ring;
     Ring<3> k_ring;
     Ring<2> v_ring;
-    for (int round = 0; query_group<SLABS>(&x, round, slab, &s); round++) {
-        const FastRows rows = {x.b, x.kv, x.t0 * G + (int)(threadIdx.x / WARP) % 4 * MMA_ROWS, min32(x.t0 + tokens, (int)s.T) * G - 1};
+    for (int round = 0; query_group<SLABS, 1>(&x, round, slab, &s); round++) {
+        rows.at(&x, x.t0, tokens, &s);
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         unsigned slopes[KEYS / 16][4];
         RowStats of_row[2];
         #pragma unroll
-        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of_row(&rows, row_at(&rows, lane() / 4 + i * 8), &s)];
+        for (int i = 0; i < 2; i++) of_row[i] = stats[place_of(&rows, lane() / 4 + i * 8, &s)];
         barrier_wait(my.q_full, q_ring.parity);
         q_ring.next();
         Chosen now, next;       // as in forward
         int tile = 0;
         const auto next_tile = [&] {
             barrier_wait(my.k_full + k_ring.at, k_ring.parity);
-            next = my.chosen_at(k_ring.at);
+            next = same_in_warp(my.read_chosen(k_ring.at));
         };
         const auto issue_scores = [&] {     // and dout·Vᵀ
             now = next;
@@ -3973,7 +4110,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
         };
         const auto powers = [&] {
             const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0;      // from the first query on
-            const float shift[2] = {chose(&now, of.query[0]) ? of_row[0].x : INFINITY, chose(&now, of.query[1]) ? of_row[1].x : INFINITY};
+            const float shift[2] = {now.choosers >> query[0] & 1 ? of_row[0].x : INFINITY, now.choosers >> query[1] & 1 ? of_row[1].x : INFINITY};
             wgmma_done<KEYS>(p);
             #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
@@ -3984,7 +4121,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + of.query[e / 2]) p[n][e] = 0;
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = 0;
             }
         };
         const auto make_slopes = [&] {
@@ -4341,8 +4478,8 @@ static void hopper_selected_dq_of_shape(float *dq, int accumulate, const RowStat
                                         const AttentionShape *s) {
     typedef SelectedDq<D, DV> Plan;
     allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
-    hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
-        dq, accumulate, stats, query_map(q, D, s->q_row, s, SLAB_ROWS), query_map(dout, DV, s->H * DV, s, SLAB_ROWS), key_map(k, D, s->k_row, s, Plan::KEYS),
+    hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS, 1>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
+        dq, accumulate, stats, group_map(q, D, s->q_row, s), group_map(dout, DV, s->H * DV, s), key_map(k, D, s->k_row, s, Plan::KEYS),
         key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }

@@ -106,15 +106,20 @@ typedef struct Case { int kind; int64_t B, T, Tk; int G, KV, D, Dv; int64_t wind
 
 static const char *const kind_names[] = {"window", "compressed", "selected"};
 
-// Attention in bf16 by version 2 or 3.
+// Attention in bf16 by version 2, 3 or 4: that is 3, whose warpgroups take two sets of queries of a selection, as they do where there are many.
+static int last_version(const AttentionShape *s, const Mask *mask) {
+    if (!hopper_attention(s, mask)) return 2;
+    return mask->kind == MASK_SELECTED && shares_blocks(mask) && s->D == 128 ? 4 : 3;
+}
 static void forward_by(int version, bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s) {
-    if (version == 3) hopper_attention_forward(out, lse, q, k, v, mask, s);
+    if (version == 4) hopper_selected_forward_of_shape<128, 128, 2>(out, lse, q, k, v, mask, s);
+    else if (version == 3) hopper_attention_forward(out, lse, q, k, v, mask, s);
     else fast_attention_forward(out, lse, q, k, v, mask, s);
 }
 static void backward_by(int version, float *dq, int accumulate, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const bf16 *q,
                         const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, RowStats *stats, const Takers *takers, float *partial) {
-    if (version == 3) gpu_row_stats(stats, dout, gate, out, lse, s->B * s->T * s->H, s->Dv);
-    if (version == 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
+    if (version >= 3) gpu_row_stats(stats, dout, gate, out, lse, s->B * s->T * s->H, s->Dv);
+    if (version >= 3) hopper_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial);
     else fast_attention_backward(dq, accumulate, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
 }
 
@@ -161,7 +166,8 @@ static void check_select(const Case *x, const AttentionShape *s, const bf16 *dq_
     free(got);
 }
 
-static void check_case(const Case *x) {
+// `steep`: each block of 64 keys has scores of twice the last one's size, so that later ones outweigh what was summed before them.
+static void check_case(const Case *x, int steep) {
     const int H = x->G * x->KV;
     const int dense = x->kind == MASK_COMPRESSED;
     const int64_t wide = H * x->D + x->KV * (x->D + x->Dv) + 24;        // q, k and v beside each other, and something else
@@ -169,12 +175,13 @@ static void check_case(const Case *x) {
     Mask mask = {x->kind, x->window, x->block, x->stride, x->sel_block, x->n, NULL};
     const int64_t nq = s.B * s.T * s.q_row, nk = s.B * s.Tk * s.k_row, nv = s.B * s.Tk * s.v_row, no = s.B * s.T * H * s.Dv, rows = s.B * s.T * H, nd = rows * s.D;
     char name[256];
-    snprintf(name, sizeof name, "%s B=%d T=%d Tk=%d G=%d KV=%d D=%d window=%d sel_block=%d n=%d", kind_names[x->kind], (int)s.B, (int)s.T, (int)s.Tk, x->G, x->KV, x->D,
-             (int)x->window, x->sel_block, x->n);
+    snprintf(name, sizeof name, "%s B=%d T=%d Tk=%d G=%d KV=%d D=%d window=%d sel_block=%d n=%d%s", kind_names[x->kind], (int)s.B, (int)s.T, (int)s.Tk, x->G, x->KV, x->D,
+             (int)x->window, x->sel_block, x->n, steep ? " steep" : "");
     check(fast_attention(&s, &mask), "%s: not taken", name);
 
     // the CPU
     float *q = normals(nq), *k = normals(nk), *v = normals(nv), *dout = normals(no), *gate = zeros(rows * BRANCHES);
+    for (int64_t i = 0; i < nk && steep; i++) k[i] *= (float)(1 << min64(i / s.k_row % s.Tk / 64, 5));
     for (int64_t i = 0; i < rows * BRANCHES; i++) gate[i] = (float)fabs((double)normal_at(3, stream, (uint64_t)i));
     int *idx = x->kind == MASK_SELECTED ? random_blocks(x) : NULL;
     mask.block_idx = idx;
@@ -212,7 +219,7 @@ static void check_case(const Case *x) {
         for (int i = 0; i < 3; i++) free(a[i]), free(b[i]);
         free_takers(&other);
     }
-    for (int version = 2; version <= (hopper_attention(&s, &mask) ? 3 : 2); version++) {     // each twice
+    for (int version = 2; version <= last_version(&s, &mask); version++) {     // each twice
         bf16 *dout_of[2], *ddk[2], *ddv[2];
         float *dlse[2], *ddq[2];
         CUDA(cudaMemset(partial, 0xff, (size_t)partials * 4));
@@ -309,9 +316,16 @@ static int check_cases(int first, int last) {
         {S, 1, 70, 70, 3, 1, 128, 128, 0, 0, 0, 16, 3},
         {S, 1, 90, 90, 16, 1, 128, 128, 0, 0, 0, 64, 1},
         {S, 1, 1200, 1200, 32, 1, 128, 128, 0, 0, 0, 64, 4},    // neighbours that choose much that one does not: more than a ring holds
+        {S, 1, 333, 333, 12, 1, 128, 128, 0, 0, 0, 64, 3},      // 15 rows of a warp's 16
+        {S, 1, 210, 210, 6, 1, 128, 128, 0, 0, 0, 64, 2},       // heads that four warps cannot divide
+        {S, 2, 200, 200, 4, 1, 128, 128, 0, 0, 0, 64, 3},       // as many queries as a warp can have
+        {S, 1, 140, 140, 64, 1, 64, 64, 0, 0, 0, 64, 2},        // as few
         {S, 1, 50, 50, 4, 1, 192, 128, 0, 0, 0, 24, 2},
     };
-    for (int i = first; i <= last && i < (int)(sizeof cases / sizeof *cases); i++) check_case(&cases[i]);
+    for (int i = first; i <= last && i < (int)(sizeof cases / sizeof *cases); i++) {
+        check_case(&cases[i], 0);
+        if (cases[i].Tk > 64 && cases[i].T < 400) check_case(&cases[i], 1);
+    }
 
     AttentionShape s = {1, 64, 64, 4, 1, 64, 64, 256, 64, 64, 0};
     const Mask mask = {MASK_WINDOW, 64, 0, 0, 0, 0, NULL};

@@ -454,6 +454,7 @@ static inline unsigned __ballot_sync(unsigned mask, int yes) {
         if (mask >> i & 1) result |= (unsigned)(emu_from_lane<int>(slot, i) != 0) << i;
     return result;
 }
+static inline int __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
 template <typename T>
 static inline T __reduce_max_sync(unsigned mask, T x) {
     const uint64_t(*slot)[4] = emu::exchange(mask, &x, sizeof x);
