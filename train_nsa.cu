@@ -3064,7 +3064,7 @@ template <int DV>
 struct RowChunks {
     enum { COUNT = MMA_ROWS * (DV / 8) / WARP };
     int64_t place;      // of row lane % 16
-    template <typename Rows> __device__ RowChunks(const Rows *rows, const AttentionShape *s) : place(place_of(rows, lane() % MMA_ROWS, s)) {}
+    __device__ RowChunks(const FastRows *rows, const AttentionShape *s) : place(place_of(rows, lane() % MMA_ROWS, s)) {}
     __device__ static int row(int i) { return i * (WARP / (DV / 8)) + lane() / (DV / 8); }
     __device__ static int chunk(void) { return lane() % (DV / 8); }
     __device__ int64_t of_row(int row) const { return __shfl_sync(~0u, (long long)place, row); }
@@ -3106,9 +3106,9 @@ struct BranchesBefore {
 
 // The end of a warp's rows: out = o / sum and lse, and with `before` the sum of the branches. The results pass through the place of the warpgroup's queries, which
 // have been read for the last time.
-template <int DV, typename Rows>
+template <int DV>
 __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], bf16 *tile, int tile_rows, int slab, int sync,
-                                         const Rows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
+                                         const FastRows *rows, const AttentionShape *s, bf16 *total, const BranchesBefore<DV> *before) {
     const int first = first_of_warp(slab);
     const RowChunks<DV> chunks(rows, s);
     float inverse[2];
