@@ -3532,8 +3532,8 @@ struct GroupRows {
     // A bit for each query of the upper (0) or lower (1) 8 rows.
     __device__ unsigned queries(int lower) const { return (unsigned)same_in_warp((int)(~0u << query(8 * lower) & ~0u >> (WARP - 1 - query(8 * lower + 7)))); }
 };
-__device__ static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
-__device__ static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
+HOPPER_DEVICE static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
+HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
     return (x->b * s->T + x->t0 + min32(x->query(i), x->tokens - 1)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
 }
 // Of a lane's two rows those FROM .. TO - 1.
@@ -3663,7 +3663,7 @@ struct SelectedSlab {
         return now;
     }
 };
-__device__ static inline Chosen same_in_warp(const Chosen &x) {
+HOPPER_DEVICE static inline Chosen same_in_warp(const Chosen &x) {
     const Chosen same = {__shfl_sync(~0u, x.block, 0), __shfl_sync(~0u, x.choosers, 0)};
     return same;
 }
