@@ -2445,8 +2445,8 @@ __device__ static inline KeyTile key_tile_at(int64_t item, int most, const Mask 
     return x;
 }
 
-// How the work is cut: at most `queries` of a tile make one part, of so many rows at least; FINE_ROWS are worth the beginning and the end of a part. `items` and `slots` are bounds for the
-// launch and for the memory, which hold for any lists: all parts, and those that go to memory, slot_size numbers each.
+// How the work is cut: at most `queries` of a tile make one part, of PART_ROWS rows at least; FINE_ROWS are worth the beginning and the end of a part. `items` and
+// `slots` are bounds for the launch and for the memory, which hold for any lists: all parts, and those that go to memory, slot_size numbers each.
 typedef struct Parts { int64_t tiles, queries, items, slots, slot_size; } Parts;
 // Lists are cut into equal parts, ranges at multiples of `queries`.
 DEVICE static inline int64_t parts_of_queue(const Mask *mask, int64_t from, int64_t to, int64_t queries) {
@@ -3104,6 +3104,13 @@ struct BranchesBefore {
     }
 };
 
+// The end of a row of online softmax: writes its log-sum-exp, -INFINITY where it saw no key, and returns the factor of its sums.
+HOPPER_DEVICE static inline float end_of_row(float *lse, int64_t place, int there, float top, float sum, const AttentionShape *s) {
+    const float all = quad_sum(sum), inverse = all > 0 ? 1 / all : all;      // a NaN stays one
+    if (lane() % 4 == 0 && there) lse[place] = all == 0 ? -INFINITY : top / sqrtf((float)s->D) + logf(all);
+    return inverse;
+}
+
 // The end of a warp's rows: out = o / sum and lse, and with `before` the sum of the branches. The results pass through the place of the warpgroup's queries, which
 // have been read for the last time.
 template <int DV>
@@ -3114,11 +3121,8 @@ __device__ static inline void store_rows(bf16 *out, float *lse, const float (*o)
     float inverse[2];
     #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const float all = quad_sum(sum[i]);
-        inverse[i] = all > 0 ? 1 / all : all;      // a NaN stays one
         const int row = lane() / 4 + i * 8;
-        const int64_t place = chunks.of_row(row);
-        if (lane() % 4 == 0 && is_row(rows, row)) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
+        inverse[i] = end_of_row(lse, chunks.of_row(row), is_row(rows, row), top[i], sum[i], s);
     }
     threads_sync(sync, WARPGROUP);
     #pragma unroll
@@ -3656,7 +3660,7 @@ struct SelectedSlab {
             }
         }
     }
-    // What was chosen with the tile of keys `at`: the lane that lets go of it reads it, and tells the others. The compiler then knows that it is the same for all.
+    // What was chosen with the tile of keys `at`: the lane that lets go of it reads it, and tells the others by same_in_warp.
     __device__ Chosen read_chosen(int at) const {
         Chosen now = {0, 0};
         if (lane() == 0) now = chosen[at];
@@ -3675,10 +3679,9 @@ __device__ static inline void store_group_rows(bf16 *out, float *lse, const floa
     const int odd = lane() & 1, high = lane() & 2;
     #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const float all = quad_sum(sum[i]), inverse = all > 0 ? 1 / all : all;      // a NaN stays one
         const int row = lane() / 4 + i * 8, there = is_row(rows, row);
         const int64_t place = place_of(rows, row, s);
-        if (lane() % 4 == 0 && there) lse[place] = all == 0 ? -INFINITY : top[i] / sqrtf((float)s->D) + logf(all);
+        const float inverse = end_of_row(lse, place, there, top[i], sum[i], s);
         #pragma unroll
         for (int m = 0; m < DV / 32; m++) {
             unsigned x[4];
@@ -3728,13 +3731,15 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
     const float scale2 = LOG2E / sqrtf((float)D);
     const int G = s.H / s.KV, tokens = SLAB_ROWS / G;
     GroupRows rows(G);
-    const int query[2] = {rows.query(lane() / 4), rows.query(lane() / 4 + 8)};
+    const int query[2] = {rows.query(lane() / 4), rows.query(lane() / 4 + 8)};      // of a lane's two rows, in a half
+    // Bits of `choosers`: of the queries of this warp's upper and lower rows, and of all queries of a half.
     const unsigned own[2] = {rows.queries(0), rows.queries(1)}, all = (1u << tokens) - 1;       // G is 4 at least
     RowTile x;
     Ring<1> q_ring;
     Ring<Plan::KEY_STAGES> k_ring;
     Ring<Plan::VALUE_STAGES> v_ring;
     for (int round = 0; query_group<SLABS, HALVES>(&x, round, slab, &s); round++) {
+        // Of a lane's two rows: sums of weighted values of each half, scores of a step (as results of wgmma lie), then what online softmax knows of each row.
         float o[HALVES][DV / 8][4] = {{{0}}}, p[KEYS / 8][4], top[HALVES][2], sum[HALVES][2], shrink[2];
         #pragma unroll
         for (int half = 0; half < HALVES; half++) top[half][0] = top[half][1] = -INFINITY, sum[half][0] = sum[half][1] = 0;
@@ -3763,7 +3768,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             next.last = next.half || !others;
             next.choosers = next.half ? others : first;
         };
-        int tile = 0;
+        int tile = 0;           // where the one at hand lies
         const auto issue_scores = [&] {
             now = next;
             tile = k_ring.at;
