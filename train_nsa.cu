@@ -3505,9 +3505,101 @@ static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 }
 
 // ----------------------------------------------------------------------------
-// Forward on Hopper for selection. A warpgroup takes the 64 rows of some neighbouring queries, goes through the blocks that any of these chose, once, and
-// gives weight 0 to the rows that did not choose a block. Neighbours choose much alike, so that few products are in vain. Each warpgroup has a warp that copies for
-// it and rings of its own.
+// Queries that choose alike, side by side. The kernels of selection take some queries together, through all blocks that any of these chose, and much of what they do is
+// in vain where the choices differ. In a text a token chooses like some of those around it, but not most like the next one: the 4 queries of a group that are
+// found here, among 64, take 27 different blocks together where 4 neighbours take 40.
+// In each window of 64 queries those with the most blocks in common become pairs, then pairs of pairs, and so on: the pair that has most of all first, and
+// then of what is left. Which blocks a query or a group has is a bit each, of block % 256; two that share a bit are rarely worth more than an error of one.
+
+enum { ORDER_WINDOW = 64, ORDER_BITS = 256, ORDER_WORDS = ORDER_BITS / WARP };
+
+// order (B,KV,T): the query at `place` of the order is this one; `order` is that of its (b, kv).
+__device__ static inline int query_at(const unsigned char *order, int place) { return place / ORDER_WINDOW * ORDER_WINDOW + order[place]; }
+__device__ static inline const unsigned char *order_of(const Mask *mask, int b, int kv, const AttentionShape *s) { return mask->order + (b * s->KV + kv) * s->T; }
+
+// A block a window, a thread a query, and a group of them. What a last window lacks keeps the order of the text.
+__global__ void __launch_bounds__(ORDER_WINDOW) order_queries_kernel(unsigned char *order, const int *block_idx, int64_t n, AttentionShape s) {
+    typedef struct alignas(16) Bits { unsigned word[ORDER_WORDS]; } Bits;
+    __shared__ Bits bits[ORDER_WINDOW];
+    alignas(16) __shared__ unsigned short single[ORDER_WINDOW];         // of each group: all bits while it is in no pair, then none
+    __shared__ int partner[ORDER_WINDOW];
+    __shared__ unsigned firsts[ORDER_WINDOW / WARP];
+    const int me = (int)threadIdx.x, windows = ((int)s.T + ORDER_WINDOW - 1) / ORDER_WINDOW;
+    const int64_t bkv = blockIdx.x / windows, b = bkv / s.KV, kv = bkv % s.KV, t0 = (int64_t)(blockIdx.x % windows) * ORDER_WINDOW;
+    unsigned char *to = order + bkv * s.T + t0;
+    if (t0 + ORDER_WINDOW > s.T) {
+        if (t0 + me < s.T) to[me] = (unsigned char)me;
+        return;
+    }
+    for (int w = 0; w < ORDER_WORDS; w++) bits[me].word[w] = 0;
+    const int *blocks = block_idx + ((b * s.T + t0 + me) * s.KV + kv) * n;
+    for (int64_t i = 0; i < n && blocks[i] >= 0; i++) bits[me].word[blocks[i] % ORDER_BITS / WARP] |= 1u << blocks[i] % WARP;
+    __syncthreads();
+
+    int group = me, place = 0;      // of this query: its group, and where in the group
+    for (int groups = ORDER_WINDOW; groups > 1; groups /= 2) {
+        // This thread as the group `me`: what a pair with each other group is worth, 16 bits each: the blocks in common, of equals the nearest by me ^ j, so that
+        // groups that are all alike have found each other at once. 0: no pair.
+        Bits mine = bits[me];
+        unsigned worth[ORDER_WINDOW / 2];
+        #pragma unroll
+        for (int i = 0; i < ORDER_WINDOW / 2; i++) {
+            worth[i] = 0;
+            if (i * 2 >= groups) continue;
+            #pragma unroll
+            for (int j = i * 2; j < i * 2 + 2; j++) {
+                int common = 0;
+                #pragma unroll
+                for (int w = 0; w < ORDER_WORDS; w++) common += __popc(mine.word[w] & bits[j].word[w]);
+                if (j != me) worth[i] |= (unsigned)((common + 1) * ORDER_WINDOW + ORDER_WINDOW - 1 - (me ^ j)) << j % 2 * 16;
+            }
+        }
+        int with = 0, paired = me >= groups;
+        single[me] = paired ? 0 : 0xffff;
+        __syncthreads();
+        do {
+            if (!paired) {
+                unsigned most = 0;
+                #pragma unroll
+                for (int i = 0; i < ORDER_WINDOW / 2; i++) {
+                    worth[i] &= ((const unsigned *)single)[i];
+                    most = __vmaxu2(most, worth[i]);
+                }
+                with = me ^ (ORDER_WINDOW - 1 - max32(most & 0xffff, most >> 16) % ORDER_WINDOW);
+                partner[me] = with;
+            }
+            __syncthreads();
+            if (!paired && partner[with] == me) paired = 1, single[me] = 0;     // both want each other most: so do the two of the best pair that is left, at least
+        } while (__syncthreads_or(!paired));
+        // Pairs in the order of their firsts.
+        const int is_first = me < groups && me < with;
+        const unsigned word = __ballot_sync(~0u, is_first);
+        if (lane() == 0) firsts[me / WARP] = word;
+        if (me < groups)
+            for (int w = 0; w < ORDER_WORDS; w++) mine.word[w] |= bits[with].word[w];
+        __syncthreads();
+        int pair = __popc(firsts[me / WARP] & ((1u << lane()) - 1));
+        for (int i = 0; i < me / WARP; i++) pair += __popc(firsts[i]);
+        if (is_first) bits[pair] = mine, partner[me] = pair, partner[with] = ~pair;
+        __syncthreads();
+        const int joined = partner[group];
+        place += joined < 0 ? ORDER_WINDOW / groups : 0;
+        group = joined < 0 ? ~joined : joined;
+        __syncthreads();
+    }
+    to[place] = (unsigned char)me;
+}
+
+static void order_queries(unsigned char *order, const Mask *mask, const AttentionShape *s) {
+    const int64_t windows = (s->T + ORDER_WINDOW - 1) / ORDER_WINDOW;
+    if (s->B * windows == 0) return;
+    order_queries_kernel<<<(unsigned)(s->B * s->KV * windows), ORDER_WINDOW>>>(order, mask->block_idx, mask->n, *s);
+    LAUNCHED();
+}
+
+// ----------------------------------------------------------------------------
+// Forward on Hopper for selection. A warpgroup takes the 64 rows of some queries that lie side by side in the order above, goes through the blocks that any of these
+// chose, once, and gives weight 0 to the rows that did not choose a block. Each warpgroup has a warp that copies for it and rings of its own.
 // What a multiprocessor can fetch from the L2 cache is one limit. At D = 128 a warpgroup therefore has two such sets of queries (HALVES), whose tiles come once: a
 // step is a tile and a half that takes it. What the warps of a warpgroup do between two products is the other limit: they wait for each other. A warp has
 // some heads of all queries, not all heads of some: when few chose a block, every warp has few rows with work and none has all.
@@ -3516,35 +3608,38 @@ template <int D> constexpr int selected_slabs = D == 64 ? 3 : 2;
 // A warp has a quarter of the heads of all queries where they can be divided so, else all heads of some.
 DEVICE static inline int heads_of_warp(int G) { return G % 4 ? G : G / 4; }
 static CUtensorMap group_map(const bf16 *x, int64_t width, int64_t row, const AttentionShape *s) {
-    return tensor_map(x, width, s->H, s->T, s->B, row, heads_of_warp((int)(s->H / s->KV)), slab_tokens(s, SLAB_ROWS));
+    return tensor_map(x, width, s->H, s->T, s->B, row, heads_of_warp((int)(s->H / s->KV)), 1);
 }
-// The 16 rows of a warp: row i is the (first + i) / heads-th of `tokens` queries from t0 on, of that head head0 + (first + i) % heads. Behind the last they repeat it
-// and are not written.
+// The 16 rows of a warp: row i is the (first + i) / heads-th of `tokens` queries from the place t0 of the order on, of that head head0 + (first + i) % heads. Behind the
+// last they repeat it and are not written.
 struct GroupRows {
+    const unsigned char *order;
     int b, kv, t0, tokens, first, head0, heads;
-    __device__ GroupRows(int G) : b(0), kv(0), t0(0), tokens(0) {
+    __device__ GroupRows(int G) : order(NULL), b(0), kv(0), t0(0), tokens(0) {
         const int warp = (int)(threadIdx.x / WARP) % 4;
         heads = heads_of_warp(G);
         first = G % 4 ? warp * MMA_ROWS : 0;
         head0 = G % 4 ? 0 : warp * heads;
     }
-    __device__ void at(const RowTile *x, int from, int most, const AttentionShape *s) {
+    __device__ void at(const RowTile *x, int from, int most, const Mask *mask, const AttentionShape *s) {
         b = x->b, kv = x->kv, t0 = from;
         tokens = min32(most, (int)s->T - from);
+        order = order_of(mask, b, kv, s);
     }
     __device__ int query(int i) const { return (first + i) / heads; }
+    __device__ int token(int i) const { return query_at(order, t0 + min32(query(i), tokens - 1)); }
     // A bit for each query of the upper (0) or lower (1) 8 rows.
     __device__ unsigned queries(int lower) const { return (unsigned)same_in_warp((int)(~0u << query(8 * lower) & ~0u >> (WARP - 1 - query(8 * lower + 7)))); }
 };
 HOPPER_DEVICE static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
 HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
-    return (x->b * s->T + x->t0 + min32(x->query(i), x->tokens - 1)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
+    return (x->b * s->T + x->token(i)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
 }
 // Of a lane's two rows those FROM .. TO - 1.
 template <int FROM, int TO> struct LaneRows { enum { from = FROM, to = TO }; };
 
-// The `round`-th group of queries of this warpgroup: tokens t0 .. t0 + HALVES·(SLAB_ROWS / G) - 1 of (b, kv), one (b, kv) after the other, whose keys then stay in
-// the L2 cache.
+// The `round`-th group of queries of this warpgroup: those at the places t0 .. t0 + HALVES·(SLAB_ROWS / G) - 1 of (b, kv), one (b, kv) after the other, whose keys then
+// stay in the L2 cache.
 template <int SLABS, int HALVES>
 __device__ static inline int query_group(RowTile *x, int round, int slab, const AttentionShape *s) {
     const int tokens = HALVES * (SLAB_ROWS / (s->H / s->KV)), groups = ((int)s->T + tokens - 1) / tokens;
@@ -3562,8 +3657,8 @@ struct BlockMerge {
     int n, i, head, after;
     __device__ int at(int place) const { return place < n && idx[place] >= 0 ? idx[place] : INT_MAX; }
     __device__ void begin(const RowTile *x, int tokens, const Mask *mask, const AttentionShape *s) {
-        const int t = x->t0 + lane(), there = lane() < tokens && t < (int)s->T;
-        idx = mask->block_idx + ((x->b * s->T + (there ? t : 0)) * s->KV + x->kv) * mask->n;
+        const int place = x->t0 + lane(), there = lane() < tokens && place < (int)s->T;
+        idx = mask->block_idx + ((x->b * s->T + query_at(order_of(mask, x->b, x->kv, s), there ? place : 0)) * s->KV + x->kv) * mask->n;
         n = there ? mask->n : 0;
         i = 1;
         head = at(0);
@@ -3612,21 +3707,20 @@ struct SelectedSlab {
     // All that the warp that copies does.
     __device__ void bring(const CUtensorMap *q_map, const CUtensorMap *dout_map, const CUtensorMap *k_map, const CUtensorMap *v_map, int slab, const Mask *mask,
                           const AttentionShape *s) const {
-        const int G = s->H / s->KV, tokens = SLAB_ROWS / G, heads = heads_of_warp(G);
+        const int G = s->H / s->KV, tokens = SLAB_ROWS / G, heads = heads_of_warp(G), boxes = G / heads;        // of a query
         RowTile x;
         Ring<1> q_ring;
         Ring<K_STAGES> k_ring;
         Ring<V_STAGES> v_ring;
         for (int round = 0; query_group<SLABS, HALVES>(&x, round, slab, s); round++) {
             barrier_wait(q_empty, q_ring.parity ^ 1);
-            if (lane() == 0) {
-                barrier_expect(q_full, HALVES * tokens * G * (D + DOUT * DV) * 2);
-                for (int half = 0; half < HALVES; half++)
-                    for (int head = 0; head < G; head += heads) {
-                        const int t0 = x.t0 + half * tokens, row = head / heads * MMA_ROWS * PANEL;
-                        copy_tile<D>(q_tile + half * SLAB_ROWS * D + row, SLAB_ROWS, q_map, x.b, t0, x.kv * G + head, q_full);
-                        if (DOUT) copy_tile<DV>(dout_tile + half * SLAB_ROWS * DV + row, SLAB_ROWS, dout_map, x.b, t0, x.kv * G + head, q_full);
-                    }
+            if (lane() == 0) barrier_expect(q_full, HALVES * tokens * G * (D + DOUT * DV) * 2);
+            __syncwarp();
+            for (int i = lane(); i < HALVES * tokens * boxes; i += WARP) {
+                const int place = x.t0 + i / boxes, t = place < (int)s->T ? query_at(order_of(mask, x.b, x.kv, s), place) : (int)s->T;        // behind the text are zeros
+                const int half = i / boxes / tokens, head = i % boxes * heads, row = (i % boxes * MMA_ROWS + i / boxes % tokens * heads) * PANEL;
+                copy_tile<D>(q_tile + half * SLAB_ROWS * D + row, SLAB_ROWS, q_map, x.b, t, x.kv * G + head, q_full);
+                if (DOUT) copy_tile<DV>(dout_tile + half * SLAB_ROWS * DV + row, SLAB_ROWS, dout_map, x.b, t, x.kv * G + head, q_full);
             }
             q_ring.next();
             BlockMerge merge;
@@ -3672,11 +3766,27 @@ HOPPER_DEVICE static inline Chosen same_in_warp(const Chosen &x) {
     return same;
 }
 
-// Rows (16,DV) of a warp, o over the sums of its weights, and their log-sum-exps. From registers, so that the queries' tile is free for the next ones: the four
-// lanes of a row exchange what they have, until each has 8 channels that lie together.
+// Of the four lanes of a row x[j] of lane i is channels 2·i and 2·i + 1 of the j-th 8 of 32; then lane i has the i-th 8: a transposition, of 2x2 and then of their 2x2.
+HOPPER_DEVICE static inline uint4 eight_of_row(unsigned x[4]) {
+    const int odd = lane() & 1, high = lane() & 2;
+    #pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+        const unsigned other = __shfl_xor_sync(~0u, odd ? x[j] : x[j + 1], 1);
+        if (odd) x[j] = other;
+        else x[j + 1] = other;
+    }
+    #pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const unsigned other = __shfl_xor_sync(~0u, high ? x[j] : x[j + 2], 2);
+        if (high) x[j] = other;
+        else x[j + 2] = other;
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
+
+// Rows (16,DV) of a warp, o over the sums of its weights, and their log-sum-exps. From registers, so that the queries' tile is free for the next ones.
 template <int DV>
 __device__ static inline void store_group_rows(bf16 *out, float *lse, const float (*o)[4], const float top[2], const float sum[2], const GroupRows *rows, const AttentionShape *s) {
-    const int odd = lane() & 1, high = lane() & 2;
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = lane() / 4 + i * 8, there = is_row(rows, row);
@@ -3687,19 +3797,8 @@ __device__ static inline void store_group_rows(bf16 *out, float *lse, const floa
             unsigned x[4];
             #pragma unroll
             for (int j = 0; j < 4; j++) x[j] = two_bf16(o[m * 4 + j][i * 2] * inverse, o[m * 4 + j][i * 2 + 1] * inverse);
-            #pragma unroll
-            for (int j = 0; j < 4; j += 2) {        // x[j] of lane i is channels 2·i and 2·i + 1 of 8; a transposition, of 2x2 and then of their 2x2
-                const unsigned other = __shfl_xor_sync(~0u, odd ? x[j] : x[j + 1], 1);
-                if (odd) x[j] = other;
-                else x[j + 1] = other;
-            }
-            #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const unsigned other = __shfl_xor_sync(~0u, high ? x[j] : x[j + 2], 2);
-                if (high) x[j] = other;
-                else x[j + 2] = other;
-            }
-            if (there) *(uint4 *)(out + place * DV + (m * 4 + lane() % 4) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+            const uint4 eight = eight_of_row(x);
+            if (there) *(uint4 *)(out + place * DV + (m * 4 + lane() % 4) * 8) = eight;
         }
     }
 }
@@ -3842,13 +3941,15 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
             }
         };
         const auto exponentials = [&] {
-            const int t0 = x.t0 + now.half * tokens, k0 = now.block * KEYS - (int)s.t0;     // from the first query on
-            if (k0 + KEYS - 1 > t0) {
+            const int k0 = now.block * KEYS - (int)s.t0;     // from the first query on
+            if (k0 + KEYS - 1 > x.t0 / ORDER_WINDOW * ORDER_WINDOW) {
+                rows.at(&x, x.t0 + now.half * tokens, tokens, &mask, &s);
+                const int t[2] = {rows.token(lane() / 4), rows.token(lane() / 4 + 8)};
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t0 + query[e / 2]) p[n][e] = -INFINITY;
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t[e / 2]) p[n][e] = -INFINITY;
             }
             if (!(now.choosers & own[1])) exponentials_of(LaneRows<0, 1>());
             else if (!(now.choosers & own[0])) exponentials_of(LaneRows<1, 2>());
@@ -3889,7 +3990,7 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
         values_done(1);
         #pragma unroll
         for (int half = 0; half < HALVES; half++) {
-            rows.at(&x, x.t0 + half * tokens, tokens, &s);
+            rows.at(&x, x.t0 + half * tokens, tokens, &mask, &s);
             store_group_rows<DV>(out, lse, o[half], top[half], sum[half], &rows, &s);
         }
     }
@@ -3933,6 +4034,9 @@ static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const
 
 typedef float2 RowStats;
 __device__ static inline RowStats row_stats(float lse, float gate, float y) { return make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E - log2f(gate), y); }
+
+// Where dq goes as a whole when its last part is made: turned back by RoPE, its rows `row` numbers apart. `angles` is rope_kernel's table from the first query on.
+template <typename F> struct TurnedDq { F *to; int64_t row; const float *angles; };
 
 // Another branch, whose part of dq is made in one go with that of the one at hand.
 template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
@@ -4052,12 +4156,40 @@ hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap 
     #endif
 }
 
-// The same with selection, for groups of neighbouring queries, as hopper_selected_forward_kernel.
+// The end of a warp's rows where these are the last part: what is at dq and sum·scale together, turned back.
+template <int D>
+__device__ static inline void store_turned_dq(const TurnedDq<bf16> *turned, const float *dq, const float (*sum)[4], float scale, const GroupRows *rows, const AttentionShape *s) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = lane() / 4 + i * 8, there = is_row(rows, row);
+        const int64_t place = place_of(rows, row, s);
+        const float *before = dq + place * D + lane() % 4 * 2, *angles = turned->angles + (int64_t)rows->token(row) * D + lane() % 4 * 2;
+        bf16 *to = turned->to + place / s->H * turned->row + place % s->H * D + lane() % 4 * 8;
+        #pragma unroll
+        for (int m = 0; m < D / 64; m++) {
+            unsigned first[4], second[4];       // of the pairs (c, c + D/2), 32 at a time
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int n = m * 4 + j, half = D / 2;
+                const float2 a0 = *(const float2 *)(before + n * 8), b0 = *(const float2 *)(before + n * 8 + half);
+                const float2 cosine = *(const float2 *)(angles + n * 8), sine = *(const float2 *)(angles + n * 8 + half);
+                const float *a1 = sum[n] + i * 2, *b1 = sum[n + D / 16] + i * 2;
+                const float ax = a0.x + a1[0] * scale, ay = a0.y + a1[1] * scale, bx = b0.x + b1[0] * scale, by = b0.y + b1[1] * scale;
+                first[j] = two_bf16(ax * cosine.x + bx * sine.x, ay * cosine.y + by * sine.y);
+                second[j] = two_bf16(bx * cosine.x - ax * sine.x, by * cosine.y - ay * sine.y);
+            }
+            const uint4 low = eight_of_row(first), high = eight_of_row(second);
+            if (there) *(uint4 *)(to + m * 32) = low, *(uint4 *)(to + m * 32 + D / 2) = high;
+        }
+    }
+}
+
+// The same with selection, for groups of queries that choose alike, as hopper_selected_forward_kernel.
 template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
-hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                           const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
     constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
@@ -4083,7 +4215,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
     Ring<3> k_ring;
     Ring<2> v_ring;
     for (int round = 0; query_group<SLABS, 1>(&x, round, slab, &s); round++) {
-        rows.at(&x, x.t0, tokens, &s);
+        rows.at(&x, x.t0, tokens, &mask, &s);
         float p[KEYS / 8][4], dp[KEYS / 8][4], sum[D / 8][4] = {{0}};
         unsigned slopes[KEYS / 16][4];
         RowStats of_row[2];
@@ -4114,7 +4246,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
             wgmma_commit();
         };
         const auto powers = [&] {
-            const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0;      // from the first query on
+            const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0 / ORDER_WINDOW * ORDER_WINDOW;      // from the first query on
             const float shift[2] = {now.choosers >> query[0] & 1 ? of_row[0].x : INFINITY, now.choosers >> query[1] & 1 ? of_row[1].x : INFINITY};
             wgmma_done<KEYS>(p);
             #pragma unroll
@@ -4122,11 +4254,12 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
                 #pragma unroll
                 for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - shift[e / 2]);
             if (masked) {
+                const int t[2] = {rows.token(lane() / 4), rows.token(lane() / 4 + 8)};
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
                     #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > x.t0 + query[e / 2]) p[n][e] = 0;
+                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t[e / 2]) p[n][e] = 0;
             }
         };
         const auto make_slopes = [&] {
@@ -4171,7 +4304,8 @@ hopper_selected_dq_kernel(float *dq, int accumulate, const RowStats *stats, cons
         wgmma_done<D>(sum);
         let_go(my.k_empty + tile);
         let_go(my.q_empty);
-        store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
+        if (turned.to) store_turned_dq<D>(&turned, dq, sum, scale, &rows, &s);
+        else store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
 }
@@ -4479,12 +4613,12 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
 }
 
 template <int D, int DV>
-static void hopper_selected_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+static void hopper_selected_dq_of_shape(float *dq, int accumulate, const TurnedDq<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
                                         const AttentionShape *s) {
     typedef SelectedDq<D, DV> Plan;
     allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
     hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS, 1>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
-        dq, accumulate, stats, group_map(q, D, s->q_row, s), group_map(dout, DV, s->H * DV, s), key_map(k, D, s->k_row, s, Plan::KEYS),
+        dq, accumulate, turned ? *turned : TurnedDq<bf16>{NULL, 0, NULL}, stats, group_map(q, D, s->q_row, s), group_map(dout, DV, s->H * DV, s), key_map(k, D, s->k_row, s, Plan::KEYS),
         key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }
@@ -4511,9 +4645,9 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                     const OtherBranch<bf16> *other) {
+                                     const OtherBranch<bf16> *other, const TurnedDq<bf16> *turned) {
     constexpr int WIDE = D == 64 ? HOPPER_KEYS : 64, NARROW = D == 64 ? NARROW_KEYS : 64;       // keys of a tile of dq: at D=128 there is memory for four stages of 64
-    if (dq && mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, stats, dout, q, k, v, mask, s);
+    if (dq && mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, turned, stats, dout, q, k, v, mask, s);
     else if (dq && mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
     else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
     else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
@@ -4525,10 +4659,10 @@ static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf1
 // As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                       const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                      const OtherBranch<bf16> *other = NULL) {
+                                      const OtherBranch<bf16> *other = NULL, const TurnedDq<bf16> *turned = NULL) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
-    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
-    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other);
+    if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned);
+    else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned);
 }
 
 // ----------------------------------------------------------------------------
@@ -4725,6 +4859,12 @@ static int tier_of_model(const Config *c) {
     return !is_bf16(c) || !fast_attention(&s, &mask) ? TIER_SIMPLE : hopper_attention(&s, &mask) ? TIER_HOPPER : TIER_FAST;
 }
 
+// Whether its kernels are those that take queries in groups, of which mask->order tells.
+template <typename F>
+static int groups_queries(const AttentionShape *s, const Mask *mask) {
+    return std::is_same<F, bf16>::value && mask->kind == MASK_SELECTED && shares_blocks(mask) && fast_attention(s, mask) && hopper_attention(s, mask);
+}
+
 // Numbers of scratch that backward takes in bf16.
 static int64_t gpu_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_attention(s, mask) ? hopper_attention_partial(s, mask) : fast_attention_partial(s, mask); }
 
@@ -4765,14 +4905,15 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
     if (total) gpu_branches_sum(total, out, s->B * s->T * s->H, s->Dv);
 }
 
-// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made.
+// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made. With `turned`, where groups_queries,
+// what is at dq and this branch's part go there.
 template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                   const OtherBranch<F> *other = NULL) {
+                                   const OtherBranch<F> *other = NULL, const TurnedDq<F> *turned = NULL) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
-            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other)
+            return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned)
                                              : fast_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers, partial);
     simple_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, q, k, v, mask, s, delta, takers);
 }
@@ -5310,6 +5451,7 @@ struct GpuActs {
     F *branch[BRANCHES];                        // (B,T,H,Dv)
     float *lse[BRANCHES], *gates;               // (B,T,H), (B,T,H,3)
     int *block_idx;                             // (B,T,KV,n)
+    unsigned char *order;                       // (B,KV,T) of each piece: how Hopper's kernels of selection take queries
     F *mid;                                     // (B,T,C)
     float *rstd2;                               // (B,T)
     F *gate_up, *expert_gate_up;                // (B,T,2F), (B·T·k,2Fe)
@@ -5422,6 +5564,7 @@ static void carve_gpu_acts(GpuActs<F> *acts, const Config *c, int64_t B, int64_t
             if (is_nsa) {
                 carve(m, &a->gates, N * H * BRANCHES);
                 carve(m, &a->block_idx, N * KV * c->sel_blocks);
+                carve(m, &a->order, N * KV);
                 for (int v = 0; v < 2; v++) {
                     carve(m, &a->compressed[v], B * nc * KV * (v ? Dv : D));
                     carve(m, &a->hidden[v], B * nc * KV * compress_hidden(c->compress, v ? (int)Dv : (int)D));
@@ -5898,10 +6041,11 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             const int64_t first = i * rows;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             int *block_idx = nsa ? a->block_idx + first * KV * c->sel_blocks : NULL;
-            const Mask mask = branch_mask(c, block_idx, &shape, layer, b);
+            Mask mask = branch_mask(c, block_idx, &shape, layer, b);
             const F *q = a->wide + first * row.size;
             F *out = a->branch[b] + first * H * c->v_head_dim;
             float *lse = a->lse[b] + first * H;
+            if (nsa && b == SLC && groups_queries<F>(&shape, &mask)) order_queries(a->order + first * KV, &mask, &shape), mask.order = a->order + first * KV;
             if (!compressed) {
                 const int64_t at = first * H * c->v_head_dim;
                 const BranchSum<F> total = {s->attention + at, {a->branch[CMP] + at, a->branch[SLC] + at}, a->gates + first * H * BRANCHES};
@@ -6135,7 +6279,9 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, g->recompute >= 2);
     F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
     const int64_t size = B * p.text * keys.row;
-    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER;      // for the compressed branch and the window
+    // Hopper's kernels make dq of the compressed branch and the window together, and where queries are grouped the selected branch adds its part and turns it.
+    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER, order[2][BRANCHES] = {{CMP, SLC, WIN}, {CMP, WIN, SLC}};
+    int turned_dq = 0;
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
     if (nsa)
@@ -6143,8 +6289,8 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
                                            N, H, Dv);
     else if (s->stats)
         gpu_row_stats<F>(s->stats, s->dattention, NULL, a->branch[0], a->lse[0], N * H, Dv);
-    for (int b = 0; b < row.branches; b++) {
-        const int compressed = nsa && b == CMP;
+    for (int turn = 0; turn < row.branches; turn++) {
+        const int b = order[one_dq][turn], compressed = nsa && b == CMP;
         const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
         const F *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
         const int dq_later = compressed && one_dq;
@@ -6152,12 +6298,15 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
         for (int i = 0; i < p.own; i++) {       // each piece has gradients of its own of all keys
             const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
-            const Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
+            Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
+            mask.order = nsa ? a->order + first * KV : NULL;
             OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
             if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
-            gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, b > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
+            const TurnedDq<F> turned = {s->dwide + first * row.size + row.q, row.size, g->rope + piece_start(&p, i) * D};
+            turned_dq = one_dq && b == SLC && groups_queries<F>(&shape, &mask);
+            gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, turn > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
                                       a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
-                                      s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL);
+                                      s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL, turned_dq ? &turned : NULL);
         }
         if (!compressed) continue;
         add_pieces(dk, B * nc * KV * D, &p);
@@ -6180,7 +6329,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
         const float *angles = g->rope + piece_start(&p, i) * D;
         F *dwide = s->dwide + i * rows * row.size;
         gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
-        gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
+        if (!turned_dq) gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
     }
     if (!nsa) return a->branch[0];
     column_sums(grad_of(g, w->gate_bias), N, BRANCHES * H, Plain<float>{s->dgates, BRANCHES * H}, s->parts);

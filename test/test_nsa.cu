@@ -428,13 +428,15 @@ struct PiecesWork {
     float *lse, *gate, *dq, *delta, *partial, *select;
     RowStats *stats;
     int *block_idx;
+    unsigned char *order;
     Takers takers;
 
     void call(Mask mask, AttentionShape s, const SelectShape *sel, int64_t t0, int64_t T) {
         const int64_t rows = t0 * s.H;
         s.t0 = t0;
         s.T = T;
-        if (mask.kind == MASK_SELECTED) mask.block_idx = block_idx + t0 * s.KV * mask.n;
+        if (mask.kind == MASK_SELECTED) mask.block_idx = block_idx + t0 * s.KV * mask.n, mask.order = order + t0 * s.KV;
+        if (groups_queries<F>(&s, &mask)) order_queries(order + t0 * s.KV, &mask, &s);
         if (mask.kind == MASK_COMPRESSED) gpu_compressed_forward<F>(out + rows * s.Dv, lse + rows, block_idx + t0 * s.KV * sel->n, q + t0 * s.q_row, k, v, &mask, &s, sel, select);
         else gpu_attention_forward<F>(out + rows * s.Dv, lse + rows, q + t0 * s.q_row, k, v, &mask, &s);
         gpu_row_stats<F>(stats, dout + rows * s.Dv, gate + rows * BRANCHES, out + rows * s.Dv, lse + rows, T * s.H, (int)s.Dv);
@@ -464,6 +466,7 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
     w.takers.start = (int64_t *)device_malloc(KV * (w.takers.blocks + 1) * 8);
     w.takers.queries = (int *)device_malloc(T * KV * n * 4);
     w.block_idx = (int *)device_malloc(T * KV * n * 4);
+    w.order = (unsigned char *)device_malloc(T * KV);
     for (int kind = 0; kind < 3; kind++) {      // window, compressed, and with its choices selected
         Mask mask;
         memset(&mask, 0, sizeof mask);
@@ -509,7 +512,7 @@ static void test_pieces(const char *tier, int D, int Dv, int H, int KV, int sel_
         CUDA(cudaFree(w.select));
     }
     printf("%-46s worst error %.1e\n", name, worst);
-    void *all[] = {w.q, w.k, w.v, w.dout, w.out, w.dk, w.dv, w.lse, w.gate, w.dq, w.delta, w.stats, w.block_idx, w.takers.count, w.takers.start, w.takers.queries};
+    void *all[] = {w.q, w.k, w.v, w.dout, w.out, w.dk, w.dv, w.lse, w.gate, w.dq, w.delta, w.stats, w.block_idx, w.order, w.takers.count, w.takers.start, w.takers.queries};
     for (void *p : all) CUDA(cudaFree(p));
     free(name);
 }

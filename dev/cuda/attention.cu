@@ -14,6 +14,10 @@
 #include "test/check.h"
 #include "bench.h"
 
+#include <algorithm>
+#include <bitset>
+#include <vector>
+
 static double norm_of(const float *a, int64_t n) {
     double norm = 0;
     for (int64_t i = 0; i < n; i++) norm += (double)a[i] * (double)a[i];
@@ -138,6 +142,85 @@ static int *random_blocks(const Case *x) {
     return idx;
 }
 
+// order_queries against the same pairing written down simply: of all pairs (i, j) of groups that are left the one with the most bits in common, of equals that
+// of the least i ^ j, until none is left; then of the groups so made. Both sides must agree to the last place.
+static void check_order(const int *idx, const int *device_idx, int n, const AttentionShape *s, const char *name) {
+    const int64_t count = s->B * s->KV * s->T;
+    unsigned char *order = (unsigned char *)device_filled(count), *got = (unsigned char *)xmalloc((size_t)count);
+    Mask mask;
+    memset(&mask, 0, sizeof mask);
+    mask.n = n;
+    mask.block_idx = device_idx;
+    order_queries(order, &mask, s);
+    to_host(got, order, count);
+    int64_t wrong = 0;
+    for (int64_t x = 0; x < s->B * s->KV; x++)
+        for (int64_t t0 = 0; t0 < s->T; t0 += ORDER_WINDOW) {
+            typedef struct Group { std::vector<int> members; std::bitset<ORDER_BITS> bits; } Group;
+            const int here = (int)min64(ORDER_WINDOW, s->T - t0);
+            std::vector<Group> groups((size_t)here);
+            for (int i = 0; i < here; i++) {
+                groups[(size_t)i].members.push_back(i);
+                for (int j = 0; j < n; j++) {
+                    const int block = idx[((x / s->KV * s->T + t0 + i) * s->KV + x % s->KV) * n + j];
+                    if (block >= 0) groups[(size_t)i].bits.set((size_t)(block % ORDER_BITS));
+                }
+            }
+            while (here == ORDER_WINDOW && groups.size() > 1) {
+                std::vector<Group> pairs;
+                std::vector<std::pair<size_t, size_t>> found;
+                std::vector<int> taken(groups.size());
+                for (size_t left = groups.size(); left > 0; left -= 2) {
+                    std::pair<size_t, size_t> best(0, 0);
+                    int most = -1;
+                    for (size_t i = 0; i < groups.size(); i++)
+                        for (size_t j = i + 1; j < groups.size(); j++) {
+                            const int common = taken[i] || taken[j] ? -1 : (int)(groups[i].bits & groups[j].bits).count();
+                            if (common > most || (common == most && (i ^ j) < (best.first ^ best.second))) most = common, best = {i, j};
+                        }
+                    taken[best.first] = taken[best.second] = 1;
+                    found.push_back(best);
+                }
+                std::sort(found.begin(), found.end());
+                for (const auto &pair : found) {
+                    Group both = groups[pair.first];
+                    const Group &other = groups[pair.second];
+                    both.members.insert(both.members.end(), other.members.begin(), other.members.end());
+                    both.bits |= other.bits;
+                    pairs.push_back(both);
+                }
+                groups = pairs;
+            }
+            std::vector<int> want;
+            for (const Group &group : groups) want.insert(want.end(), group.members.begin(), group.members.end());
+            for (int i = 0; i < here; i++) wrong += got[x * s->T + t0 + i] != want[(size_t)i];
+        }
+    check(wrong == 0, "%s: %d places of the order of queries", name, (int)wrong);
+    CUDA(cudaFree(order));
+    free(got);
+}
+
+// Choices out of more blocks than there are bits, some of which queries share; fewer than `n`, and none.
+static void check_orders(void) {
+    for (int i = 0; i < 6; i++) {
+        const AttentionShape s = {1 + i % 2, i == 5 ? 63 : 64 * (1 + i) + i * 11, 0, 0, 1 + i % 3, 0, 0, 0, 0, 0, 0};
+        const int n = i == 1 ? 64 : 16, blocks = i == 3 ? 3 : 100 << i;      // ties, nothing but ties
+        const int64_t count = s.B * s.T * s.KV * n;
+        Rng rng = {9, ++stream, 0};
+        int *idx = (int *)xmalloc((size_t)count * sizeof *idx), *device_idx = (int *)device_malloc(count * 4);
+        for (int64_t row = 0; row < count / n; row++) {
+            const int from = (int)rng_below(&rng, 4) * blocks / 4, chosen = row % 7 ? (int)rng_below(&rng, (uint64_t)n + 1) : n;
+            for (int j = 0; j < n; j++) idx[row * n + j] = j < chosen ? from + (int)rng_below(&rng, (uint64_t)blocks / 4 + 1) : -1;
+        }
+        to_device(device_idx, idx, count * 4);
+        char *name = format("choices out of %d blocks, T=%d", blocks, (int)s.T);
+        check_order(idx, device_idx, n, &s, name);
+        CUDA(cudaFree(device_idx));
+        free(idx);
+        free(name);
+    }
+}
+
 static void check_select(const Case *x, const AttentionShape *s, const bf16 *dq_in, const bf16 *dk_in, const float *q, const float *k, const float *lse) {
     const SelectShape sel = {x->block, x->stride, x->sel_block, x->n, 1, 1};
     const int64_t rows = s->B * s->T * s->KV, cut = rows * 3 / 7, G = s->H / s->KV;
@@ -206,6 +289,10 @@ static void check_case(const Case *x, int steep) {
         int *device_idx = (int *)device_malloc(s.B * s.T * s.KV * x->n * 4);
         to_device(device_idx, idx, s.B * s.T * s.KV * x->n * 4);
         mask.block_idx = device_idx;
+        check_order(idx, device_idx, x->n, &s, name);
+        unsigned char *order = (unsigned char *)device_malloc(s.B * s.KV * s.T);
+        order_queries(order, &mask, &s);
+        mask.order = order;
     }
     if (idx && s.Tk > 0) {      // the quick way to the lists of takers, against the simple one
         Takers other = make_takers(&mask, &s);
@@ -266,8 +353,8 @@ static void check_case(const Case *x, int steep) {
         }
     }
     if (x->kind == MASK_COMPRESSED && x->sel_block && s.Tk > 0) check_select(x, &s, dq_in, dk_in, q, k, lse);
-    void *on_device[] = {dq_in, dk_in, dv_in, ddout, dgate, ddelta, stats, partial, idx ? (void *)mask.block_idx : NULL};
-    for (int i = 0; i < 9; i++) CUDA(cudaFree(on_device[i]));
+    void *on_device[] = {dq_in, dk_in, dv_in, ddout, dgate, ddelta, stats, partial, (void *)mask.block_idx, (void *)mask.order};
+    for (int i = 0; i < 10; i++) CUDA(cudaFree(on_device[i]));
     free_takers(&takers);
     float *on_host[] = {q, k, v, dout, gate, out, lse, dq, dk, dv, delta, side_k, side_v, memory, parts, dq_dense, (float *)idx};
     for (int i = 0; i < 17; i++) free(on_host[i]);
@@ -326,6 +413,8 @@ static int check_cases(int first, int last) {
         check_case(&cases[i], 0);
         if (cases[i].Tk > 64 && cases[i].T < 400) check_case(&cases[i], 1);
     }
+
+    if (last >= (int)(sizeof cases / sizeof *cases)) check_orders();
 
     AttentionShape s = {1, 64, 64, 4, 1, 64, 64, 256, 64, 64, 0};
     const Mask mask = {MASK_WINDOW, 64, 0, 0, 0, 0, NULL};
@@ -421,7 +510,10 @@ static void bench_mask(const char *name, const Mask *mask, AttentionShape s, int
         snprintf(what, sizeof what, "%s backward", name);
         report(what, i, bms, backward, bytes * (2 * inputs - (double)nd + 2 * (double)no) + 4 * (double)nd + 2 * small);
     }
-    if (mask->kind == MASK_SELECTED) printf("%-25s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
+    if (mask->kind == MASK_SELECTED) {
+        printf("%-25s            %9.3f ms, inside backward\n", "lists of takers", median_ms(5, [&] { fast_takers(&takers, mask->block_idx, mask->n, &s, (int *)partial); }));
+        printf("%-25s            %9.3f ms, before forward\n", "order of queries", median_ms(5, [&] { order_queries((unsigned char *)mask->order, mask, &s); }));
+    }
     free_tensor(&dout), free_tensor(&out), free_tensor(&dk), free_tensor(&dv);
     void *rest[] = {lse, delta, stats, dq, partial};
     for (int i = 0; i < 5; i++) CUDA(cudaFree(rest[i]));
@@ -434,8 +526,9 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     AttentionShape s = {B, T, T, H, KV, D, Dv, (int64_t)H * D, (int64_t)KV * D, (int64_t)KV * Dv, 0}, cmp = s;
     cmp.Tk = compressed_seen(T - 1, sel.cmp_block, sel.cmp_stride);
     int *block_idx = (int *)device_malloc(B * T * KV * sel.n * 4);
+    unsigned char *order = (unsigned char *)device_malloc(B * T * KV);
     const Mask full = {MASK_WINDOW, T, 0, 0, 0, 0, NULL}, window = {MASK_WINDOW, 512, 0, 0, 0, 0, NULL};
-    const Mask compressed = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL}, selected = {MASK_SELECTED, 0, 0, 0, sel.sel_block, sel.n, block_idx};
+    const Mask compressed = {MASK_COMPRESSED, 0, sel.cmp_block, sel.cmp_stride, 0, 0, NULL}, selected = {MASK_SELECTED, 0, 0, 0, sel.sel_block, sel.n, block_idx, order};
     if (!fast_attention(&s, &full)) die(2, "the fast tier takes D = 64, 128 and 192");
     Tensor q = random_tensor(B * T * s.q_row), k = random_tensor(B * T * s.k_row), v = random_tensor(B * T * s.v_row);
     float *lse = (float *)device_malloc(B * T * H * 4), *scratch = (float *)device_malloc(select_scratch(&cmp, &sel) * 4);
@@ -447,6 +540,7 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     const auto choose = [&](Tensor queries) {
         fast_attention_forward(out.b, lse, queries.b, k.b, v.b, &compressed, &cmp);
         gpu_select_forward(block_idx, queries.b, k.b, lse, &cmp, &sel, &compressed, scratch);
+        order_queries(order, &selected, &s);
     };
     choose(q);
     const double pairs = seen_pairs(&compressed, &cmp) * H, bytes = (double)(B * T) * KV * (double)cmp.Tk / 2 * 4;
@@ -477,6 +571,7 @@ static int bench(int64_t T, int H, int KV, int D, int version, int64_t B) {
     free_tensor(&out);
     free_tensor(&q), free_tensor(&k), free_tensor(&v);
     CUDA(cudaFree(block_idx));
+    CUDA(cudaFree(order));
     return 0;
 }
 

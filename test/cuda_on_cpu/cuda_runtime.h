@@ -168,6 +168,7 @@ struct Worker {     // one CPU thread
     std::vector<BoxCopy> boxes;
     int live, count, next, fiber, current;      // threads not done; of the block; next to start; running fiber; running thread
     int64_t waits;                  // since somebody got on
+    int any = 0;                    // of __syncthreads_or
     char *shared = nullptr;
     size_t shared_bytes = 0;
     uint3 block_idx;
@@ -410,6 +411,15 @@ static inline void run_block(uint3 block, dim3 grid, dim3 threads, size_t shared
 static inline void *emu_shared() { return emu::worker->shared; }
 
 static inline void __syncthreads() { emu::wait(emu::worker->block, emu::worker->live); }
+static inline int __syncthreads_or(int yes) {
+    __syncthreads();
+    if (yes) emu::worker->any = 1;
+    __syncthreads();
+    const int any = emu::worker->any;
+    __syncthreads();
+    emu::worker->any = 0;
+    return any;
+}
 static inline void __syncwarp(unsigned mask = ~0u) { emu::sync_warp(mask); }
 static inline void emu_cluster_barrier() {
     if (emu::worker->live != emu::worker->count) emu::stop("a thread has exited before a barrier of its cluster");
@@ -466,6 +476,7 @@ template <typename T>
 static inline T __reduce_min_sync(unsigned mask, T x) { return ~__reduce_max_sync(mask, (T)~x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
+static inline unsigned __vmaxu2(unsigned a, unsigned b) { return (a >> 16 > b >> 16 ? a : b) & ~0xffffu | ((a & 0xffff) > (b & 0xffff) ? a : b) & 0xffff; }
 static inline int atomicAdd(int *p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
