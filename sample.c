@@ -1437,7 +1437,8 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     p.per_block = sel->sel_block / sel->cmp_stride, p.pieces = sel->cmp_block / sel->cmp_stride, p.at_once = max32(1, min32(own, CHOICE_WEIGHTS / p.per_block));
     p.per_slice = 1 / (float)p.slice, p.per_across = 1 / (float)p.across, p.per_key = 1 / (float)sel->sel_block;
     const int64_t weights = p.at_once * (int64_t)p.per_block + p.pieces + 2 * TILE_KEYS;       // they begin and end within tiles
-    const int64_t sizes[] = {2 * CHOICE_GROUPS * (int64_t)sizeof(uint64_t), listed_candidates(places, own) * (int64_t)sizeof(uint64_t), weights * (int64_t)sizeof(float), own * (int64_t)sizeof(float), (int64_t)sizeof(SharesAside), 0,
+    const int64_t sizes[] = {2 * CHOICE_GROUPS * (int64_t)sizeof(uint64_t), listed_candidates(places, own) * (int64_t)sizeof(uint64_t), weights * (int64_t)sizeof(float), own * (int64_t)sizeof(float),
+                             (int64_t)sizeof(SharesAside), 0,
                              p.groups * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)slice * (int64_t)sizeof(float), team * (int64_t)s->G * (int64_t)sizeof(float2),
                              places * MOST_TEAM * (int64_t)sizeof(uint64_t), LETTERS * (int64_t)sizeof(uint64_t), 2 * s->G * (int64_t)sizeof(float), BRANCHES * s->G * (int64_t)sizeof(float)};
     int none, *at[] = {&none, &p.candidates, &p.near, &p.importance, &p.aside, &none, &p.partial, &p.told, &p.sums, &p.offered, &p.arrived, &p.lse, &p.gates};

@@ -3507,9 +3507,10 @@ static void hopper_range_forward(bf16 *out, float *lse, const bf16 *q, const bf1
 // ----------------------------------------------------------------------------
 // Queries that choose alike, side by side. The kernels of selection take some queries together, through all blocks that any of these chose, and much of what they do is
 // in vain where the choices differ. In a text a token chooses like some of those around it, but not most like the next one: the 4 queries of a group that are
-// found here, among 64, take 27 different blocks together where 4 neighbours take 40.
+// found here, among 64, take 28 different blocks together where 4 neighbours take 40 (a trained model at 65536 tokens).
 // In each window of 64 queries those with the most blocks in common become pairs, then pairs of pairs, and so on: the pair that has most of all first, and
-// then of what is left. Which blocks a query or a group has is a bit each, of block % 256; two that share a bit are rarely worth more than an error of one.
+// then of what is left. Which blocks a query or a group has is a bit each, of block % 256: a longer text's blocks share bits, and a pair may seem worth a little more than
+// it is. What comes out of attention is the same to the last bit in any order.
 
 enum { ORDER_WINDOW = 64, ORDER_BITS = 256, ORDER_WORDS = ORDER_BITS / WARP };
 
@@ -4189,8 +4190,8 @@ template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
-hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
+hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, const RowStats *stats, const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
     constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
     extern __shared__ SharedKilobyte hopper_shared[];
@@ -4613,8 +4614,8 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
 }
 
 template <int D, int DV>
-static void hopper_selected_dq_of_shape(float *dq, int accumulate, const TurnedDq<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
-                                        const AttentionShape *s) {
+static void hopper_selected_dq_of_shape(float *dq, int accumulate, const TurnedDq<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k,
+                                        const bf16 *v, const Mask *mask, const AttentionShape *s) {
     typedef SelectedDq<D, DV> Plan;
     allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
     hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS, 1>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
@@ -6280,7 +6281,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
     const int64_t size = B * p.text * keys.row;
     // Hopper's kernels make dq of the compressed branch and the window together, and where queries are grouped the selected branch adds its part and turns it.
-    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER, order[2][BRANCHES] = {{CMP, SLC, WIN}, {CMP, WIN, SLC}};
+    const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER, turns[2][BRANCHES] = {{CMP, SLC, WIN}, {CMP, WIN, SLC}};
     int turned_dq = 0;
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
 
@@ -6290,7 +6291,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     else if (s->stats)
         gpu_row_stats<F>(s->stats, s->dattention, NULL, a->branch[0], a->lse[0], N * H, Dv);
     for (int turn = 0; turn < row.branches; turn++) {
-        const int b = order[one_dq][turn], compressed = nsa && b == CMP;
+        const int b = turns[one_dq][turn], compressed = nsa && b == CMP;
         const int64_t k_at = row.k[b] - row.k[0], v_at = row.v[b] - row.k[0];
         const F *k = compressed ? a->compressed[0] : keys.x + k_at, *v = compressed ? a->compressed[1] : keys.x + v_at;
         const int dq_later = compressed && one_dq;
