@@ -4016,7 +4016,7 @@ static void hopper_selected_forward_of_shape(bf16 *out, float *lse, const bf16 *
     LAUNCHED();
 }
 
-// Whether neighbouring queries share the blocks that they take: blocks must be tiles.
+// Whether queries that are taken together share the blocks that they take: blocks must be tiles.
 static int shares_blocks(const Mask *mask) { return mask->sel_block == SLAB_ROWS; }
 
 // With `total`, of a range of keys, the sum of the branches too.
