@@ -1660,9 +1660,6 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
         if (i % MOST_TEAM < p->team) tell(offered + i / MOST_TEAM * MOST_TEAM + member, best[i / MOST_TEAM], arrived + OFFERED, i % MOST_TEAM);
 }
 
-// Of numbers [begin, end) of (G,DV) of a list, the sums of the branches before: a thread takes four neighbouring channels of every so-manieth share. The first shares of
-// a thread's first channels are asked for as soon as they are there, and put aside in shared memory until the offers are on their way: registers are short until then.
-
 // The n-th share of a head, of those of both branches, of which the first `compressed` are the compressed one's; and what its sum is multiplied by.
 __device__ static inline int share_of(const AttendCall *a, int head, int n, int compressed) {
     return (int)parts_of(&a->s, n < compressed ? CMP : WIN, head) + (n < compressed ? n : n - compressed);
@@ -1672,6 +1669,8 @@ __device__ static inline float share_factor(const char *memory, const TeamPlan *
     return ((const float *)(memory + p->gates))[g * BRANCHES + (second ? WIN : CMP)] * power_of_2(top * LOG2E - ((const float *)(memory + p->lse))[second * a->s.G + g]);
 }
 
+// Of numbers [begin, end) of (G,DV) of a list, the sums of the branches before: a thread takes four neighbouring channels of every so-manieth share. The first shares of
+// a thread's first channels are asked for as soon as they are there, and put aside in shared memory until the offers are on their way: registers are short until then.
 template <int DV>
 __device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end, int compressed, int all) {
     const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR;
@@ -2220,8 +2219,8 @@ static int choose_splits(int64_t lists, int64_t slots) {
     return best;
 }
 
-// Fewer shares, where they take as many rounds and the last of these was for less than a quarter of its keys: 16.4 us instead of 19.1 for 8 lists of 4607 keys by 18 instead
-// of 33, but 27.1 instead of 26.2 for 16 lists by 12 instead of 16.
+// Fewer shares of `keys`, which take as many rounds, where the last round was for less than a quarter of the keys that it could have: 8 lists of 4607 keys took 16.4 us by 18
+// shares and 19.1 by 33, which have 140 each. Where it is fuller more shares are no worse: 16 lists 26.2 us by 16, 27.1 by 12.
 static int full_rounds(int splits, int64_t keys) {
     const int64_t each = (keys + splits - 1) / splits, rounds = (each + ROUND_KEYS - 1) / ROUND_KEYS;
     return rounds > 1 && (each - 1) % ROUND_KEYS + 1 < ROUND_KEYS / 4 ? (int)((keys + rounds * ROUND_KEYS - 1) / (rounds * ROUND_KEYS)) : splits;

@@ -4501,7 +4501,7 @@ typedef struct Mask {
     int block, stride;          // COMPRESSED: key i is seen iff i·stride + block - 1 <= t
     int sel_block, n;           // SELECTED: keys <= t of the blocks block_idx (B,T,KV,n), ascending, -1 behind the last
     const int *block_idx;
-    const unsigned char *order; // SELECTED, on Hopper: how queries are grouped (train_nsa.cu)
+    const unsigned char *order; // SELECTED, on Hopper: (B,KV,T), the order in which queries are taken together (train_nsa.cu)
 } Mask;
 
 // How many compressed blocks a query at position t sees; with t = T-1 it is Nc = (T-l)/d + 1, the number of blocks.

@@ -1167,6 +1167,7 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 // `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
 // (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ..., of which it asks for ROPE_HEADS at once.
 enum { ROPE_HEADS = 4 };
+__device__ static inline float2 turned_pair(float a, float b, float cosine, float sine) { return make_float2(a * cosine - b * sine, b * cosine + a * sine); }
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
     const int half = d / 2;
@@ -1197,9 +1198,9 @@ __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float 
                 F *a = x + i * x_row + head_place(&heads, h, d) + j;
                 Pack<F, N> first, second;
                 for (int v = 0; v < N; v++) {
-                    const float turned = turn * sine.of[v];
-                    first.of[v] = (F)(aj[u].of[v] * cosine.of[v] - bj[u].of[v] * turned);
-                    second.of[v] = (F)(bj[u].of[v] * cosine.of[v] + aj[u].of[v] * turned);
+                    const float2 turned = turned_pair(aj[u].of[v], bj[u].of[v], cosine.of[v], turn * sine.of[v]);
+                    first.of[v] = (F)turned.x;
+                    second.of[v] = (F)turned.y;
                 }
                 store<N>(a, first);
                 store<N>(a + half, second);
@@ -3592,9 +3593,9 @@ __global__ void __launch_bounds__(ORDER_WINDOW) order_queries_kernel(unsigned ch
 }
 
 static void order_queries(unsigned char *order, const Mask *mask, const AttentionShape *s) {
-    const int64_t windows = (s->T + ORDER_WINDOW - 1) / ORDER_WINDOW;
-    if (s->B * windows == 0) return;
-    order_queries_kernel<<<(unsigned)(s->B * s->KV * windows), ORDER_WINDOW>>>(order, mask->block_idx, mask->n, *s);
+    const int64_t windows = s->B * s->KV * ((s->T + ORDER_WINDOW - 1) / ORDER_WINDOW);
+    if (windows == 0) return;
+    order_queries_kernel<<<grid(windows, 1), ORDER_WINDOW>>>(order, mask->block_idx, mask->n, *s);
     LAUNCHED();
 }
 
@@ -3635,6 +3636,13 @@ struct GroupRows {
 HOPPER_DEVICE static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
 HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
     return (x->b * s->T + x->token(i)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
+}
+// What a lane's two rows see of the blocks that they chose, keys counted from the first query on: none behind themselves. All queries of a group see what lies before the
+// window of the order that it begins in.
+__device__ static inline int has_later_keys(const RowTile *x, int k0, int keys) { return k0 + keys - 1 > x->t0 / ORDER_WINDOW * ORDER_WINDOW; }
+__device__ static inline SeenKeys seen_keys_of_group(const GroupRows *x) {
+    const SeenKeys seen = {{INT_MIN, INT_MIN}, {x->token(lane() / 4) + 1, x->token(lane() / 4 + 8) + 1}, INT_MIN, x->t0 / ORDER_WINDOW * ORDER_WINDOW + 1};
+    return seen;
 }
 // Of a lane's two rows those FROM .. TO - 1.
 template <int FROM, int TO> struct LaneRows { enum { from = FROM, to = TO }; };
@@ -3943,14 +3951,10 @@ hopper_selected_forward_kernel(bf16 *out, float *lse, const __grid_constant__ CU
         };
         const auto exponentials = [&] {
             const int k0 = now.block * KEYS - (int)s.t0;     // from the first query on
-            if (k0 + KEYS - 1 > x.t0 / ORDER_WINDOW * ORDER_WINDOW) {
+            if (has_later_keys(&x, k0, KEYS)) {
                 rows.at(&x, x.t0 + now.half * tokens, tokens, &mask, &s);
-                const int t[2] = {rows.token(lane() / 4), rows.token(lane() / 4 + 8)};
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t[e / 2]) p[n][e] = -INFINITY;
+                const SeenKeys seen = seen_keys_of_group(&rows);
+                hide_keys<KEYS>(p, k0, INT_MAX, &seen, -INFINITY);
             }
             if (!(now.choosers & own[1])) exponentials_of(LaneRows<0, 1>());
             else if (!(now.choosers & own[0])) exponentials_of(LaneRows<1, 2>());
@@ -4175,9 +4179,9 @@ __device__ static inline void store_turned_dq(const TurnedDq<bf16> *turned, cons
                 const float2 a0 = *(const float2 *)(before + n * 8), b0 = *(const float2 *)(before + n * 8 + half);
                 const float2 cosine = *(const float2 *)(angles + n * 8), sine = *(const float2 *)(angles + n * 8 + half);
                 const float *a1 = sum[n] + i * 2, *b1 = sum[n + D / 16] + i * 2;
-                const float ax = a0.x + a1[0] * scale, ay = a0.y + a1[1] * scale, bx = b0.x + b1[0] * scale, by = b0.y + b1[1] * scale;
-                first[j] = two_bf16(ax * cosine.x + bx * sine.x, ay * cosine.y + by * sine.y);
-                second[j] = two_bf16(bx * cosine.x - ax * sine.x, by * cosine.y - ay * sine.y);
+                const float2 x = turned_pair(a0.x + a1[0] * scale, b0.x + b1[0] * scale, cosine.x, -sine.x), y = turned_pair(a0.y + a1[1] * scale, b0.y + b1[1] * scale, cosine.y, -sine.y);
+                first[j] = two_bf16(x.x, y.x);
+                second[j] = two_bf16(x.y, y.y);
             }
             const uint4 low = eight_of_row(first), high = eight_of_row(second);
             if (there) *(uint4 *)(to + m * 32) = low, *(uint4 *)(to + m * 32 + D / 2) = high;
@@ -4247,20 +4251,16 @@ hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, cons
             wgmma_commit();
         };
         const auto powers = [&] {
-            const int k0 = now.block * KEYS - (int)s.t0, masked = k0 + KEYS - 1 > x.t0 / ORDER_WINDOW * ORDER_WINDOW;      // from the first query on
+            const int k0 = now.block * KEYS - (int)s.t0;     // from the first query on
             const float shift[2] = {now.choosers >> query[0] & 1 ? of_row[0].x : INFINITY, now.choosers >> query[1] & 1 ? of_row[1].x : INFINITY};
             wgmma_done<KEYS>(p);
             #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) p[n][e] = power_of_2(p[n][e] * scale2 - shift[e / 2]);
-            if (masked) {
-                const int t[2] = {rows.token(lane() / 4), rows.token(lane() / 4 + 8)};
-                #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (k0 + n * 8 + lane() % 4 * 2 + e % 2 > t[e / 2]) p[n][e] = 0;
+            if (has_later_keys(&x, k0, KEYS)) {
+                const SeenKeys seen = seen_keys_of_group(&rows);
+                hide_keys<KEYS>(p, k0, INT_MAX, &seen, 0);
             }
         };
         const auto make_slopes = [&] {
@@ -6046,7 +6046,7 @@ static const F *gpu_attention_core_forward(Model *g, int layer, int64_t B, int64
             const F *q = a->wide + first * row.size;
             F *out = a->branch[b] + first * H * c->v_head_dim;
             float *lse = a->lse[b] + first * H;
-            if (nsa && b == SLC && groups_queries<F>(&shape, &mask)) order_queries(a->order + first * KV, &mask, &shape), mask.order = a->order + first * KV;
+            if (groups_queries<F>(&shape, &mask)) order_queries(a->order + first * KV, &mask, &shape), mask.order = a->order + first * KV;
             if (!compressed) {
                 const int64_t at = first * H * c->v_head_dim;
                 const BranchSum<F> total = {s->attention + at, {a->branch[CMP] + at, a->branch[SLC] + at}, a->gates + first * H * BRANCHES};
@@ -6300,11 +6300,12 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
             const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
-            mask.order = nsa ? a->order + first * KV : NULL;
+            const int grouped = groups_queries<F>(&shape, &mask);
+            if (grouped) mask.order = a->order + first * KV;
             OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
             if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
             const TurnedDq<F> turned = {s->dwide + first * row.size + row.q, row.size, g->rope + piece_start(&p, i) * D};
-            turned_dq = one_dq && b == SLC && groups_queries<F>(&shape, &mask);
+            turned_dq = one_dq && grouped;
             gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, turn > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
                                       a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
                                       s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL, turned_dq ? &turned : NULL);

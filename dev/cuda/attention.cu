@@ -3,7 +3,7 @@
 //
 //   version 1   simple_attention_forward and the others: f32, any shape, a warp a query and head
 //   version 2   fast_attention_forward and the others: bf16 with sums in f32, mma.sync, all heads of a group on one tile of keys
-//   version 3   hopper_attention_forward, _backward: wgmma and the copy engine (sm_90a alone)
+//   version 3   hopper_attention_forward, _backward: wgmma and the copy engine (sm_90a alone); 4 in the check: two sets of queries a warpgroup, as where there are many
 //
 //   make build/attention && build/attention [check 3 5]      versions 2 and 3 against the CPU, on small and odd shapes (or those of some numbers)
 //   build/attention bench 65536 16 1 64 [version [batch]]    times on this GPU: T, heads, KV heads, D of q and k (192: D of v is 128)
@@ -143,8 +143,8 @@ static int *random_blocks(const Case *x) {
 }
 
 // order_queries against the same pairing written down simply: of all pairs (i, j) of groups that are left the one with the most bits in common, of equals that
-// of the least i ^ j, until none is left; then of the groups so made. Both sides must agree to the last place.
-static void check_order(const int *idx, const int *device_idx, int n, const AttentionShape *s, const char *name) {
+// of the least i ^ j, until none is left; then of the groups so made. Both sides must agree to the last place. Returns the order on the GPU.
+static unsigned char *check_order(const int *idx, const int *device_idx, int n, const AttentionShape *s, const char *name) {
     const int64_t count = s->B * s->KV * s->T;
     unsigned char *order = (unsigned char *)device_filled(count), *got = (unsigned char *)xmalloc((size_t)count);
     Mask mask;
@@ -196,8 +196,8 @@ static void check_order(const int *idx, const int *device_idx, int n, const Atte
             for (int i = 0; i < here; i++) wrong += got[x * s->T + t0 + i] != want[(size_t)i];
         }
     check(wrong == 0, "%s: %d places of the order of queries", name, (int)wrong);
-    CUDA(cudaFree(order));
     free(got);
+    return order;
 }
 
 // Choices out of more blocks than there are bits, some of which queries share; fewer than `n`, and none.
@@ -214,7 +214,7 @@ static void check_orders(void) {
         }
         to_device(device_idx, idx, count * 4);
         char *name = format("choices out of %d blocks, T=%d", blocks, (int)s.T);
-        check_order(idx, device_idx, n, &s, name);
+        CUDA(cudaFree(check_order(idx, device_idx, n, &s, name)));
         CUDA(cudaFree(device_idx));
         free(idx);
         free(name);
@@ -290,11 +290,10 @@ static void check_case(const Case *x, int steep) {
         int *device_idx = (int *)device_malloc(s.B * s.T * s.KV * x->n * 4);
         to_device(device_idx, idx, s.B * s.T * s.KV * x->n * 4);
         mask.block_idx = device_idx;
-        check_order(idx, device_idx, x->n, &s, name);
+        orders[0] = check_order(idx, device_idx, x->n, &s, name);
         std::vector<unsigned char> text((size_t)(s.B * s.KV * s.T));
         for (size_t i = 0; i < text.size(); i++) text[i] = (unsigned char)((int64_t)i % s.T % ORDER_WINDOW);
-        for (int run = 0; run < 2; run++) orders[run] = (unsigned char *)device_malloc((int64_t)text.size());
-        order_queries(orders[0], &mask, &s);
+        orders[1] = (unsigned char *)device_malloc((int64_t)text.size());
         to_device(orders[1], text.data(), (int64_t)text.size());
     }
     if (idx && s.Tk > 0) {      // the quick way to the lists of takers, against the simple one
