@@ -3639,8 +3639,8 @@ HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const At
 }
 // What a lane's two rows see of the blocks that they chose, keys counted from the first query on: none behind themselves. All queries of a group see what lies before the
 // window of the order that it begins in.
-__device__ static inline int has_later_keys(const RowTile *x, int k0, int keys) { return k0 + keys - 1 > x->t0 / ORDER_WINDOW * ORDER_WINDOW; }
-__device__ static inline SeenKeys seen_keys_of_group(const GroupRows *x) {
+HOPPER_DEVICE static inline int has_later_keys(const RowTile *x, int k0, int keys) { return k0 + keys - 1 > x->t0 / ORDER_WINDOW * ORDER_WINDOW; }
+HOPPER_DEVICE static inline SeenKeys seen_keys_of_group(const GroupRows *x) {
     const SeenKeys seen = {{INT_MIN, INT_MIN}, {x->token(lane() / 4) + 1, x->token(lane() / 4 + 8) + 1}, INT_MIN, x->t0 / ORDER_WINDOW * ORDER_WINDOW + 1};
     return seen;
 }
