@@ -412,6 +412,7 @@ typedef struct HeadWeights { uint4 *of; float *top; } HeadWeights;
 // For a team of blocks of threads that make the choice of a list and read what is chosen (fast_selected_kernel): what follows from its shape, and where things stand in a
 // member's dynamic shared memory, in bytes.
 typedef struct TeamPlan {
+    int tile;                           // keys that a warp takes at a time of what is chosen
     int team, places;                   // members of a team, 0: none fits; blocks that are chosen by their importance
     int slice, across, groups;          // numbers of out that a member adds up; threads that have them by fours, in so many groups
     int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
@@ -444,6 +445,7 @@ typedef struct Working {
     float *wide, *gates;            // (rows,wide), (rows,H,3)
     bf16 *queries;                  // (rows,H,D) turned, for the fast tier
     void *flat[2], *hidden[2];      // F (rows·KV,l·D | l·Dv), (rows·KV,2D | 2Dv): blocks that are being compressed
+    int *done;                      // of compression, see CompressStep
     HeadWeights heads;              // of the compressed branch, for the fast tier's choice
     float *scores;                  // (rows,H,score_row) of the compressed branch; this, importance and choice are the simple tier's
     float *importance;              // (rows,KV,blocks)
@@ -489,6 +491,7 @@ static inline void told(uint64_t *) { emu_cluster_barrier(); }
 static inline void prefetch(const void *) {}
 static inline void prefetch_bytes(const void *, int) {}
 static inline uint64_t read_once(void) { return 0; }
+template <typename X> static inline X by_now(X x) { return x; }
 static inline void cp_async_16_once(void *to, const void *from, int filled, uint64_t) { cp_async_16(to, from, filled); }
 #else
 __device__ static inline void let_next_come(void) {
@@ -544,6 +547,16 @@ __device__ static inline void told(uint64_t *arrived) {
 #else
     __syncthreads();
 #endif
+}
+// Works out x here: the compiler would rather do that where it is needed, behind a wait.
+__device__ static inline int by_now(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+template <typename X>
+__device__ static inline X *by_now(X *x) {
+    asm volatile("" : "+l"(x));
+    return x;
 }
 // Into the L2 cache: for weights, which nobody writes, before the wait.
 __device__ static inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
@@ -750,10 +763,42 @@ typedef struct TokenCall {
     int gate;
 } TokenCall;
 
-// A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches.
+// The block that this token completes is flattened, compressed and put into the cache. The KV heads that share their weights, a set, are the rows of linear
+// maps: member m of a set is row m, or with one set for all KV heads (row, kv) = (m / KV, m % KV).
 template <typename F>
-__global__ void token_kernel(TokenCall a) {
+struct CompressStep {
+    F *flat[2], *hidden[2];             // of k and of v: (sets,members,l·D), (sets,members,2D); rounded as in training
+    const float *angles;
+    const Input *input;
+    LayerCache cache;
+    CompressWeights weights[2];         // positions and biases
+    CompressMatrices<F> matrices[2];
+    int KV, width[2], block, kind, sets, members;
+    int *done;                          // (2,sets,members by MMA_ROWS): blocks of threads that are done with their part, of the fast tier; 0 before and after
+};
+
+// The n-th THREADS numbers of both `flat`: the tail's older tokens and the one that comes with `wide`.
+template <typename F>
+__device__ static inline void flatten(const CompressStep<F> *a, const TokenCall *token, int64_t n) {
+    const int64_t each = (a->block * (int64_t)max32(a->width[0], a->width[1]) + blockDim.x - 1) / blockDim.x, place = n / 2 / each, i = n / 2 % each * blockDim.x + threadIdx.x;
+    const int v = (int)(n % 2), D = a->width[v];
+    if (i >= (int64_t)a->block * D) return;
+    const int64_t set = place / a->members, m = place % a->members, row = a->sets > 1 ? m : m / a->KV, kv = a->sets > 1 ? set : m % a->KV;
+    const int64_t at = row * a->block + (a->input->position + 1 + i / D) % a->block, newest = i / D == a->block - 1;
+    const F x = newest ? (F)token->wide[row * token->row.size + (v ? token->row.v : token->row.k)[CMP] + kv * D + i % D] : ((const F *)a->cache.tail[v])[(at * a->KV + kv) * D + i % D];
+    a->flat[v][place * a->block * D + i] = (F)((float)x + (a->weights[v].pos ? a->weights[v].pos[i] : 0));
+}
+template <typename F>
+static int64_t flatten_blocks(const CompressStep<F> *a) { return 2 * (int64_t)a->sets * a->members * grid(a->block * (int64_t)max32(a->width[0], a->width[1]), THREADS); }
+
+// A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches. Those behind flatten what the token completes.
+template <typename F>
+__global__ void token_kernel(TokenCall a, CompressStep<F> completed) {
     wait_for_previous();
+    if (blockIdx.x >= a.s.rows) {
+        flatten(&completed, &a, blockIdx.x - a.s.rows);
+        return;
+    }
     const DecodeShape *s = &a.s;
     const int64_t r = blockIdx.x, t = a.input->position;
     const int D = s->D, Dv = s->Dv, half = D / 2;
@@ -791,31 +836,6 @@ __global__ void token_kernel(TokenCall a) {
         for (int i = threadIdx.x; i < s->KV * D; i += blockDim.x) keys[((r * s->KV + i / D) * to->slots + slot) * D + i % D] = (F)turned(k + i / D * D, a.angles, i % D, D);
         for (int i = threadIdx.x; i < s->KV * Dv; i += blockDim.x) values[((r * s->KV + i / Dv) * to->slots + slot) * Dv + i % Dv] = (F)v[i];
     }
-}
-
-// The block that this token completes goes into the cache. The KV heads that share their weights, a set, are the rows of linear
-// maps: member m of a set is row m, or with one set for all KV heads (row, kv) = (m / KV, m % KV).
-template <typename F>
-struct CompressStep {
-    F *flat[2], *hidden[2];             // of k and of v: (sets,members,l·D), (sets,members,2D); rounded as in training
-    const float *angles;
-    const Input *input;
-    LayerCache cache;
-    CompressWeights weights[2];         // positions and biases
-    CompressMatrices<F> matrices[2];
-    int KV, width[2], block, kind, sets, members;
-};
-
-template <typename F>
-__global__ void flatten_kernel(CompressStep<F> a) {
-    wait_for_previous();
-    const int64_t place = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x, first = a.input->position + 1 - a.block;
-    const int v = (int)blockIdx.z, D = a.width[v];
-    if (i >= (int64_t)a.block * D) return;
-    const int64_t set = place / a.members, m = place % a.members, row = a.sets > 1 ? m : m / a.KV, kv = a.sets > 1 ? set : m % a.KV;
-    const int64_t at = row * a.block + (first + i / D) % a.block;
-    const float *pos = a.weights[v].pos;
-    a.flat[v][place * a.block * D + i] = (F)((float)((const F *)a.cache.tail[v])[(at * a.KV + kv) * D + i % D] + (pos ? pos[i] : 0));
 }
 
 // A warp an output, for all members of a set.
@@ -1152,7 +1172,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 // (cp.async) and has its scores, for up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero); then each warp has some channels of the sum
 // over all warps' values. So no two warps have sums of the same numbers, which would have to be added up.
 
-enum { TILE_KEYS = 16, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
+enum { TILE_KEYS = 16, HALF_TILE = TILE_KEYS / 2, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 enum { TILE_CHUNKS = TILE_KEYS * MMA_ROWS / 8, LEFT_SHIFT = 15, TILES_AHEAD = 4 };       // of the weights that are left for the choice
 
@@ -1166,13 +1186,15 @@ DEVICE static inline HeadWeights weights_of(const HeadWeights *x, int64_t group,
 
 // A block's ring in shared memory: each of the SLOTS takes the keys (ROUND_KEYS,D) or the values (ROUND_KEYS,DV) of a round. Two blocks fit on a multiprocessor at
 // D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends.
-template <int D, int DV>
+template <int D, int DV, int TILE = TILE_KEYS>
 struct KeyRing {
-    static constexpr int SLOTS = D == 64 ? 6 : 3, SLOT = ROUND_KEYS * D, BYTES = SLOTS * SLOT * (int)sizeof(bf16);
+    static constexpr int ROUND = DECODE_WARPS * TILE, SLOTS = D == 64 && TILE == TILE_KEYS ? 6 : 3, SLOT = ROUND * D, BYTES = SLOTS * SLOT * (int)sizeof(bf16);
     static_assert(DV <= D && DV % (8 * DECODE_WARPS) == 0, "values lie where keys do, and each warp has channels of its own");
 };
 
-static int64_t ring_bytes(int D) { return D == 64 ? KeyRing<64, 64>::BYTES : D == 128 ? KeyRing<128, 128>::BYTES : KeyRing<192, 128>::BYTES; }
+template <int TILE>
+static int64_t ring_bytes_by(int D) { return D == 64 ? KeyRing<64, 64, TILE>::BYTES : D == 128 ? KeyRing<128, 128, TILE>::BYTES : KeyRing<192, 128, TILE>::BYTES; }
+static int64_t ring_bytes(int D, int tile = TILE_KEYS) { return tile == TILE_KEYS ? ring_bytes_by<TILE_KEYS>(D) : ring_bytes_by<HALF_TILE>(D); }
 static int64_t most_selection_blocks(const Config *c, int64_t capacity) { return capacity / max64(c->sel_block, 1) + 1; }
 DEVICE static inline int in_fours(int n) { return (n + FOUR - 1) / FOUR * FOUR; }
 
@@ -1191,18 +1213,19 @@ typedef struct BlockKeys {
 } BlockKeys;
 
 // Those of a stretch of a list's keys that one of `members` blocks of threads has, which share its tiles.
-template <int D, int DV>
+template <int D, int DV, int TILE = TILE_KEYS>
 __device__ static inline BlockKeys block_keys(const AttendCall *a, int branch, int64_t list, Stretch x, int fresh, int member, int members, const int *idx, float per_block) {
     const KeyCache *cache = &a->cache.branch[branch];
     const BlockKeys keys = {(const bf16 *)cache->k + list * cache->slots * D, (const bf16 *)cache->v + list * cache->slots * DV,
-                            x.from + member * TILE_KEYS, members * TILE_KEYS, x.to, fresh, idx, a->s.select.sel_block, per_block};
+                            x.from + member * TILE, members * TILE, x.to, fresh, idx, a->s.select.sel_block, per_block};
     return keys;
 }
 
 // A round's keys come in an even step, its values in the next one. Where this warp's tile of it begins, and whether there is such a round at all.
 __device__ static inline int tile_of_step(const BlockKeys *x, int step) { return x->first + (step / 2 * DECODE_WARPS + threadIdx.x / WARP) * x->gap; }
 __device__ static inline int is_step(const BlockKeys *x, int step) { return x->first + step / 2 * DECODE_WARPS * x->gap < x->end; }
-__device__ static inline int fresh_in(const BlockKeys *x, int step) { return tile_of_step(x, step) <= x->fresh && x->fresh < tile_of_step(x, step) + TILE_KEYS; }
+template <int TILE>
+__device__ static inline int fresh_in(const BlockKeys *x, int step) { return tile_of_step(x, step) <= x->fresh && x->fresh < tile_of_step(x, step) + TILE; }
 
 // The slot of a key: in its place, or where the block that it is in lies.
 __device__ static inline int slot_of_key(const BlockKeys *x, int key) {
@@ -1211,14 +1234,14 @@ __device__ static inline int slot_of_key(const BlockKeys *x, int key) {
     return key + (x->idx[n] - n) * x->block;
 }
 // A tile's keys or values, W numbers each, into a warp's part of a slot; zeros where there are none. Slots of a tile follow each other, unless blocks end within tiles.
-template <int W>
+template <int W, int TILE>
 __device__ static inline void fetch_tile_of(bf16 *tile, const bf16 *from, const BlockKeys *x, int k0) {
-    constexpr int CHUNKS = W / 8, EACH = TILE_KEYS * CHUNKS / WARP;
+    constexpr int CHUNKS = W / 8, EACH = TILE * CHUNKS / WARP;
     const int left = x->end - k0;
     const uint64_t once = read_once();
-    if (x->idx && x->block % TILE_KEYS) {
+    if (x->idx && x->block % TILE) {
         #pragma unroll 1
-        for (int i = lane(); i < TILE_KEYS * CHUNKS; i += WARP) {
+        for (int i = lane(); i < TILE * CHUNKS; i += WARP) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
             cp_async_16_once(chunk_of<W>(tile, row, chunk), row < left ? from + (int64_t)slot_of_key(x, k0 + row) * W + chunk * 8 : from, row < left ? 16 : 0, once);
         }
@@ -1231,46 +1254,45 @@ __device__ static inline void fetch_tile_of(bf16 *tile, const bf16 *from, const 
         cp_async_16_once(chunk_of<W>(tile, row, chunk), first + (row < left ? n * WARP * 8 : 0), row < left ? 16 : 0, once);
     }
 }
-template <int D, int DV>
+template <int D, int DV, int TILE = TILE_KEYS>
 __device__ static inline void fetch_step(bf16 *ring, const BlockKeys *x, int step, int slot) {
-    bf16 *to = ring + slot * KeyRing<D, DV>::SLOT;
-    const int k0 = tile_of_step(x, step), tile = threadIdx.x / WARP * TILE_KEYS;
-    if constexpr (D == DV) fetch_tile_of<D>(to + tile * D, step % 2 ? x->v : x->k, x, k0);
-    else if (step % 2) fetch_tile_of<DV>(to + tile * DV, x->v, x, k0);
-    else fetch_tile_of<D>(to + tile * D, x->k, x, k0);
+    bf16 *to = ring + slot * KeyRing<D, DV, TILE>::SLOT;
+    const int k0 = tile_of_step(x, step), tile = threadIdx.x / WARP * TILE;
+    if constexpr (D == DV) fetch_tile_of<D, TILE>(to + tile * D, step % 2 ? x->v : x->k, x, k0);
+    else if (step % 2) fetch_tile_of<DV, TILE>(to + tile * DV, x->v, x, k0);
+    else fetch_tile_of<D, TILE>(to + tile * D, x->k, x, k0);
 }
 
-// The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that fetch_fresh brings the tile, and waits for it.
-template <int D, int DV>
+// The first steps, but for the tile with this token's key: this may be done before others have written it. Behind that fetch_fresh asks for the tile, and says whether
+// there is one: what has been asked for must be waited for.
+template <int D, int DV, int TILE = TILE_KEYS>
 __device__ static inline void fetch_first(bf16 *ring, const BlockKeys *x) {
     #pragma unroll 1        // as most loops here: code that runs once has to come from memory
-    for (int step = 0; step < KeyRing<D, DV>::SLOTS - 1; step++) {
-        if (is_step(x, step) && !fresh_in(x, step)) fetch_step<D, DV>(ring, x, step, step);
+    for (int step = 0; step < KeyRing<D, DV, TILE>::SLOTS - 1; step++) {
+        if (is_step(x, step) && !fresh_in<TILE>(x, step)) fetch_step<D, DV, TILE>(ring, x, step, step);
         cp_async_commit();
     }
 }
-template <int D, int DV>
-__device__ static inline void fetch_fresh(bf16 *ring, const BlockKeys *x) {
+template <int D, int DV, int TILE = TILE_KEYS>
+__device__ static inline int fetch_fresh(bf16 *ring, const BlockKeys *x) {
     int found = 0;
     #pragma unroll 1
-    for (int step = 0; step < KeyRing<D, DV>::SLOTS - 1; step++)
-        if (is_step(x, step) && fresh_in(x, step)) fetch_step<D, DV>(ring, x, step, step), found = 1;
-    if (!found) return;
-    cp_async_commit();
-    cp_async_wait<0>();
+    for (int step = 0; step < KeyRing<D, DV, TILE>::SLOTS - 1; step++)
+        if (is_step(x, step) && fresh_in<TILE>(x, step)) fetch_step<D, DV, TILE>(ring, x, step, step), found = 1;
+    if (found) cp_async_commit();
+    return found;
 }
 
 // The queries of heads head0 and on, as bf16, on their way into shared memory (MMA_ROWS,D) by way of registers.
 template <int D> struct AskedQueries { static constexpr int CHUNKS = MMA_ROWS * D / 8, EACH = (CHUNKS + DECODE_THREADS - 1) / DECODE_THREADS; uint4 of[EACH]; };
 template <int D>
-__device__ static inline AskedQueries<D> ask_queries(const AttendCall *a, int64_t head0, int heads) {
+__device__ static inline const uint4 *queries_of(const AttendCall *a, int64_t head0) { return (const uint4 *)(a->queries + head0 * D) + threadIdx.x; }
+template <int D>
+__device__ static inline AskedQueries<D> ask_queries(const uint4 *queries, int heads) {
     AskedQueries<D> x;
     const uint4 none = {0, 0, 0, 0};
     #pragma unroll
-    for (int n = 0; n < AskedQueries<D>::EACH; n++) {
-        const int i = n * DECODE_THREADS + threadIdx.x;
-        x.of[n] = i / (D / 8) < heads ? ((const uint4 *)(a->queries + head0 * D))[i] : none;
-    }
+    for (int n = 0; n < AskedQueries<D>::EACH; n++) x.of[n] = (int)(n * DECODE_THREADS + threadIdx.x) < heads * (D / 8) ? queries[n * DECODE_THREADS] : none;
     return x;
 }
 template <int D>
@@ -1293,9 +1315,24 @@ template <int DV> struct BlockSums { static constexpr int TILES = DV / 8 / DECOD
 typedef struct Round { float top[MMA_ROWS][DECODE_WARPS]; uint4 weights[MMA_ROWS * ROUND_KEYS / 8]; } Round;
 
 // A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. left: where they are left, or NULLs.
-template <int D, int DV>
+// d (16,8) = queries (16,D) · a tile of 8 keys, turned: two sums side by side, which need not wait for each other.
+template <int D>
+__device__ static inline void half_tile_times_turned(float d[4], bf16 *queries, bf16 *tile) {
+    float odd[4] = {0};
+    #pragma unroll
+    for (int step = 0; step < D / 16; step += 2) {
+        unsigned a[2][4], b[4];
+        for (int i = 0; i < 2; i++) ldmatrix_x4(a[i], chunk_of<D>(queries, lane() % 16, (step + i) * 2 + lane() / 16));
+        ldmatrix_x4(b, chunk_of<D>(tile, lane() % 8, step * 2 + lane() / 8));
+        mma_16816(d, a[0], b);
+        mma_16816(odd, a[1], b + 2);
+    }
+    for (int e = 0; e < 4; e++) d[e] += odd[e];
+}
+
+template <int D, int DV, int TILE = TILE_KEYS>
 __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *round, const BlockKeys *x, bf16 *queries, HeadWeights left) {
-    typedef KeyRing<D, DV> R;
+    typedef KeyRing<D, DV, TILE> R;
     const int low = lane() / 4, pair = lane() % 4 * 2, warp = threadIdx.x / WARP;
     const float scale2 = 1 / sqrtf((float)D) * LOG2E;
     const unsigned ones[2] = {two_bf16(1, 1), two_bf16(1, 1)};
@@ -1307,12 +1344,13 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
     #pragma unroll 1
     for (int step = 0, slot = 0; is_step(x, step); step += 2, slot = (slot + 2) % R::SLOTS) {
         const int k0 = tile_of_step(x, step);
-        float p[TILE_KEYS / 8][4] = {{0}};
+        float p[TILE / 8][4] = {{0}};
         cp_async_wait<R::SLOTS - 2>();
         __syncwarp();
-        tile_times_turned<D, TILE_KEYS / 8>(p, queries, 0, ring + slot * R::SLOT + warp * TILE_KEYS * D, 0);
+        if constexpr (TILE == TILE_KEYS) tile_times_turned<D, TILE / 8>(p, queries, 0, ring + slot * R::SLOT + warp * TILE * D, 0);
+        else half_tile_times_turned<D>(p[0], queries, ring + slot * R::SLOT + warp * TILE * D);
         #pragma unroll
-        for (int i = 0; i < TILE_KEYS / 8; i++)
+        for (int i = 0; i < TILE / 8; i++)
             #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int key = k0 + i * 8 + pair + e % 2;
@@ -1320,11 +1358,13 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
             }
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float highest = quad_max(fmaxf(fmaxf(p[0][i * 2], p[0][i * 2 + 1]), fmaxf(p[1][i * 2], p[1][i * 2 + 1])));
+            float highest = fmaxf(p[0][i * 2], p[0][i * 2 + 1]);
+            if (TILE == TILE_KEYS) highest = fmaxf(highest, fmaxf(p[TILE / 8 - 1][i * 2], p[TILE / 8 - 1][i * 2 + 1]));
+            highest = quad_max(highest);
             if (lane() % 4 == 0) round->top[low + i * 8][warp] = highest;
         }
         __syncthreads();        // all have done with the values before, too: their slot is free
-        if (is_step(x, step + R::SLOTS - 1)) fetch_step<D, DV>(ring, x, step + R::SLOTS - 1, (slot + R::SLOTS - 1) % R::SLOTS);
+        if (is_step(x, step + R::SLOTS - 1)) fetch_step<D, DV, TILE>(ring, x, step + R::SLOTS - 1, (slot + R::SLOTS - 1) % R::SLOTS);
         cp_async_commit();
         #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -1334,28 +1374,28 @@ __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *r
             for (int n = 0; n < BlockSums<DV>::TILES; n++) y->o[n][i * 2] *= shrink, y->o[n][i * 2 + 1] *= shrink;
             sums[i * 2] *= shrink;
             #pragma unroll
-            for (int n = 0; n < TILE_KEYS / 8; n++) {
+            for (int n = 0; n < TILE / 8; n++) {
                 for (int e = i * 2; e < i * 2 + 2; e++) p[n][e] = power_of_2(p[n][e] - higher);
-                *(unsigned *)(chunk_of<ROUND_KEYS>(weights, low + i * 8, warp * (TILE_KEYS / 8) + n) + pair) = two_bf16(p[n][i * 2], p[n][i * 2 + 1]);
+                *(unsigned *)(chunk_of<R::ROUND>(weights, low + i * 8, warp * (TILE / 8) + n) + pair) = two_bf16(p[n][i * 2], p[n][i * 2 + 1]);
             }
         }
-        if (left.of && k0 < x->end) {
+        if (TILE == TILE_KEYS && left.of && k0 < x->end) {
             constexpr float ONE = 1 << LEFT_SHIFT;
             unsigned *to = (unsigned *)(left.of + k0 / TILE_KEYS * TILE_CHUNKS) + low;
             #pragma unroll
-            for (int n = 0; n < TILE_KEYS / 8; n++)
+            for (int n = 0; n < TILE / 8; n++)
                 for (int e = 0; e < 2; e++) to[(n * 8 + pair + e) * (MMA_ROWS / 2)] = two_f16(ONE * p[n][e], ONE * p[n][e + 2]);
             if (lane() % 4 == 0) *(float2 *)(left.top + k0 + low * 2) = make_float2(y->top[0], y->top[1]);
         }
         cp_async_wait<R::SLOTS - 2>();
         __syncthreads();
-        if (is_step(x, step + R::SLOTS)) fetch_step<D, DV>(ring, x, step + R::SLOTS, slot);
+        if (is_step(x, step + R::SLOTS)) fetch_step<D, DV, TILE>(ring, x, step + R::SLOTS, slot);
         cp_async_commit();
         bf16 *values = ring + (slot + 1) % R::SLOTS * R::SLOT;
         #pragma unroll
-        for (int k = 0; k < ROUND_KEYS; k += 2 * TILE_KEYS) {
+        for (int k = 0; k < R::ROUND; k += 2 * TILE_KEYS) {
             unsigned a[2][4], b[2][4];
-            for (int i = 0; i < 2; i++) ldmatrix_x4(a[i], chunk_of<ROUND_KEYS>(weights, lane() % MMA_ROWS, k / 8 + i * 2 + lane() / MMA_ROWS));
+            for (int i = 0; i < 2; i++) ldmatrix_x4(a[i], chunk_of<R::ROUND>(weights, lane() % MMA_ROWS, k / 8 + i * 2 + lane() / MMA_ROWS));
             if constexpr (BlockSums<DV>::TILES == 2) {
                 for (int i = 0; i < 2; i++) {
                     ldmatrix_x4_turned(b[i], chunk_of<DV>(values, k + i * TILE_KEYS + lane() % TILE_KEYS, warp * 2 + lane() / TILE_KEYS));
@@ -1389,19 +1429,22 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_attend_
     const BlockKeys keys = block_keys<D, DV>(&a, branch, list, stretch, a.input->of[kind].fresh, 0, 1, NULL, 0);
     let_next_come();
     fetch_first<D, DV>(ring, &keys);
-    wait_for_previous();
+    const uint4 *queries_from = by_now(queries_of<D>(&a, head0));
+    const int part = by_now((int)parts_of(s, branch, head0 + lane() / 4) + share), next_part = by_now(8 * s->splits);      // of a thread's heads
+    wait_only();
     phase(ALONE);
     if (stretch.from >= stretch.to) return;
-    put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0, heads));
-    fetch_fresh<D, DV>(ring, &keys);
+    const AskedQueries<D> q = ask_queries<D>(queries_from, heads);
+    const int fresh = fetch_fresh<D, DV>(ring, &keys);
+    put_queries<D>((bf16 *)queries, q);
+    if (fresh) cp_async_wait<0>();
     __syncthreads();
     BlockSums<DV> y;
     attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, left);
     phase(ATTENDED);
     for (int i = 0; i < 2; i++) {
-        const int head = lane() / 4 + i * 8;
-        const int64_t at = parts_of(s, branch, head0 + head) + share;
-        if (head >= heads) continue;
+        const int64_t at = part + i * next_part;
+        if (lane() / 4 + i * 8 >= heads) continue;
         if (threadIdx.x < WARP && lane() % 4 == 0) a.parts.top[at] = y.top[i] * (1 / LOG2E), a.parts.sum[at] = y.sum[i];
         for (int n = 0; n < BlockSums<DV>::TILES; n++)
             *(float2 *)(a.parts.out + at * DV + threadIdx.x / WARP * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2) = make_float2(y.o[n][i * 2], y.o[n][i * 2 + 1]);
@@ -1431,6 +1474,7 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     const SelectShape *sel = &s->select;
     const int own = (int)((blocks + team - 1) / team), places = max32(free_places(sel), 0), slice = in_fours((s->G * s->Dv + team - 1) / team);
     TeamPlan p;
+    p.tile = team * DECODE_WARPS * HALF_TILE >= sel->n * sel->sel_block ? HALF_TILE : TILE_KEYS;
     p.team = team, p.places = places;
     p.guesses = team > 1 ? places / (2 * team) : 0;
     p.slice = slice, p.across = min32(slice / FOUR, DECODE_THREADS), p.groups = DECODE_THREADS / p.across;
@@ -1444,7 +1488,7 @@ static TeamPlan plan_team(const DecodeShape *s, int64_t blocks, int team) {
     int none, *at[] = {&none, &p.candidates, &p.near, &p.importance, &p.aside, &none, &p.partial, &p.told, &p.sums, &p.offered, &p.arrived, &p.lse, &p.gates};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
-        if (at[i] == &none && i) used = max64(used, ring_bytes(s->D));      // behind the ring
+        if (at[i] == &none && i) used = max64(used, ring_bytes(s->D, p.tile));      // behind the ring
         *at[i] = (int)min64(used, INT_MAX);
         used = round_up(used + sizes[i], (int64_t)sizeof(float4));
     }
@@ -1460,20 +1504,33 @@ __device__ static inline Stretch touching(int j0, int j1, int visible, const Tea
 
 // The log-sum-exp of a branch of a head, in units of log2, from its shares: LSE_THREADS side by side.
 enum { LSE_THREADS = 8 };
-__device__ static inline float lse_of_shares(const Shares *parts, int first, int count) {
+typedef struct AskedSums { float top[FOUR], sum[FOUR]; } AskedSums;
+__device__ static inline AskedSums ask_sums(const Shares *parts, int first, int left) {
+    AskedSums x;
+    #pragma unroll
+    for (int i = 0; i < FOUR; i++) {
+        x.top[i] = i * LSE_THREADS < left ? parts->top[first + i * LSE_THREADS] : NO_TOP;
+        x.sum[i] = i * LSE_THREADS < left ? parts->sum[first + i * LSE_THREADS] : 0;
+    }
+    return x;
+}
+// The first share of a row of lse that a thread has, and how many there are from it on.
+typedef struct SharesOfRow { int first, left; } SharesOfRow;
+__device__ static inline SharesOfRow shares_of_row(const AttendCall *a, int head0, int r, int compressed, int all) {
+    const int G = a->s.G, second = r >= G, n = threadIdx.x % LSE_THREADS;
+    const SharesOfRow x = {(int)parts_of(&a->s, second ? WIN : CMP, head0 + r - second * G) + n, (second ? all - compressed : compressed) - n};
+    return x;
+}
+__device__ static inline float lse_of_shares(const Shares *parts, SharesOfRow x, AskedSums asked) {
     float highest = NO_TOP, total = 0;
     #pragma unroll 1
-    for (int n0 = threadIdx.x % LSE_THREADS; n0 < count; n0 += FOUR * LSE_THREADS) {
-        float top[FOUR], sum[FOUR], before = highest;
-        #pragma unroll
-        for (int i = 0; i < FOUR; i++) {
-            const int n = n0 + i * LSE_THREADS;
-            top[i] = n < count ? parts->top[first + n] * LOG2E : NO_TOP;
-            sum[i] = n < count ? parts->sum[first + n] : 0;
-        }
-        for (int i = 0; i < FOUR; i++) highest = fmaxf(highest, top[i]);
+    while (x.left > 0) {
+        const float before = highest;
+        for (int i = 0; i < FOUR; i++) highest = fmaxf(highest, asked.top[i] * LOG2E);
         total *= power_of_2(before - highest);
-        for (int i = 0; i < FOUR; i++) total += sum[i] * power_of_2(top[i] - highest);
+        for (int i = 0; i < FOUR; i++) total += asked.sum[i] * power_of_2(asked.top[i] * LOG2E - highest);
+        x.first += FOUR * LSE_THREADS, x.left -= FOUR * LSE_THREADS;
+        if (x.left > 0) asked = ask_sums(parts, x.first, x.left);
     }
     float before = highest;
     for (int step = 1; step < LSE_THREADS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
@@ -1484,15 +1541,18 @@ __device__ static inline float lse_of_shares(const Shares *parts, int first, int
 
 // Weights of a warp's next TILES_AHEAD tiles of compressed keys, up to the last one, in MMA_ROWS heads.
 typedef struct AskedTiles { uint4 of[TILES_AHEAD]; float top[TILES_AHEAD]; } AskedTiles;
-__device__ static inline AskedTiles ask_tiles(const AttendCall *a, int list, int group, int tile, int last) {
+__device__ static inline HeadWeights weights_of_tile(const AttendCall *a, int list, int group, int tile) {      // and a lane's of it
     const HeadWeights from = weights_of(&a->heads, list * head_groups(a->s.G) + group, weight_tiles(a->cache.branch[CMP].slots));
+    const HeadWeights x = {from.of + (int64_t)tile * TILE_CHUNKS + lane(), from.top + (int64_t)tile * MMA_ROWS + lane() % MMA_ROWS};
+    return x;
+}
+__device__ static inline AskedTiles ask_tiles(HeadWeights from, int tiles) {
     AskedTiles x = {};
     #pragma unroll
     for (int n = 0; n < TILES_AHEAD; n++) {
-        const int t = tile + n * DECODE_WARPS;
-        if (t > last) break;
-        x.of[n] = from.of[t * TILE_CHUNKS + lane()];
-        x.top[n] = from.top[t * MMA_ROWS + lane() % MMA_ROWS];
+        if (n * DECODE_WARPS >= tiles) break;
+        x.of[n] = from.of[n * DECODE_WARPS * TILE_CHUNKS];
+        x.top[n] = from.top[n * DECODE_WARPS * MMA_ROWS];
     }
     return x;
 }
@@ -1505,7 +1565,7 @@ __device__ static inline void add_heads(float *near, AskedTiles asked, const Att
         // the next ones are asked for before these are used
         const int more = group + 1 < groups, next_tile = more ? tile : tile + TILES_AHEAD * DECODE_WARPS, next_group = more ? group + 1 : 0;
         AskedTiles next = asked;
-        if (next_tile <= last) next = ask_tiles(a, list, next_group, next_tile, last);
+        if (next_tile <= last) next = ask_tiles(weights_of_tile(a, list, next_group, next_tile), last + 1 - next_tile);
         const int g = group * MMA_ROWS + lane() % MMA_ROWS / 2 + lane() % 2 * 8;
         const float less = g < G ? lse[g] : INFINITY;
         #pragma unroll
@@ -1645,7 +1705,7 @@ __device__ static inline void offer_blocks(char *memory, const TeamPlan *p, cons
         const int j1 = min32(j0 + p->at_once, first + own);
         const Stretch x = touching(j0, j1, visible, p);
         const int tile = x.from / TILE_KEYS, end = (x.to - 1) / TILE_KEYS;
-        add_heads(near, j0 == first ? asked : ask_tiles(a, list, 0, tile + threadIdx.x / WARP, end), a, (const float *)(memory + p->lse), list, tile, end);
+        add_heads(near, j0 == first ? asked : ask_tiles(weights_of_tile(a, list, 0, tile + threadIdx.x / WARP), end + 1 - tile - (int)(threadIdx.x / WARP)), a, (const float *)(memory + p->lse), list, tile, end);
         __syncthreads();
         #pragma unroll 1
         for (int j = j0 + threadIdx.x; j < j1; j += DECODE_THREADS) importance[j - first] = comparable(importance_of(near - tile * TILE_KEYS, j, visible, p->pieces, p->per_block));
@@ -1671,16 +1731,24 @@ __device__ static inline float share_factor(const char *memory, const TeamPlan *
 
 // Of numbers [begin, end) of (G,DV) of a list, the sums of the branches before: a thread takes four neighbouring channels of every so-manieth share. The first shares of
 // a thread's first channels are asked for as soon as they are there, and put aside in shared memory until the offers are on their way: registers are short until then.
+typedef struct EarlyShares { int of[EARLY], channel; } EarlyShares;      // -1: this thread has none
 template <int DV>
-__device__ static inline AskedShares ask_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end, int compressed, int all) {
+__device__ static inline EarlyShares early_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end, int compressed, int all) {
     const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR;
+    EarlyShares x = {};
+    x.channel = by_now(at >= end || group >= p->groups ? -1 : at % DV);
+    #pragma unroll
+    for (int k = 0; k < EARLY; k++) x.of[k] = by_now(share_of(a, list * a->s.G + at / DV, min32(group + k * p->groups, all - 1), compressed));
+    return x;
+}
+template <int DV>
+__device__ static inline AskedShares ask_shares(const AttendCall *a, const EarlyShares &from) {
     AskedShares x = {};
-    if (at >= end || group >= p->groups) return x;
+    if (from.channel < 0) return x;
     #pragma unroll
     for (int k = 0; k < EARLY; k++) {
-        const int n = group + k * p->groups, share = share_of(a, list * a->s.G + at / DV, min32(n, all - 1), compressed);
-        x.of[k] = *(const float4 *)(a->parts.out + (int64_t)share * DV + at % DV);
-        x.top[k] = a->parts.top[share];
+        x.of[k] = *(const float4 *)(a->parts.out + (int64_t)from.of[k] * DV + from.channel);
+        x.top[k] = a->parts.top[from.of[k]];
     }
     return x;
 }
@@ -1707,11 +1775,18 @@ __device__ static inline void merge_first(char *memory, const TeamPlan *p, const
     }
 }
 
-// out = that and the selection branch, as all members have told it.
+__device__ static inline float4 sum_of_partials(const float *partial, const TeamPlan *p, int i) {
+    float4 y = make_float4(0, 0, 0, 0);
+    #pragma unroll 8
+    for (int n = 0; n < p->groups; n++) add_times(&y, 1, *(const float4 *)(partial + n * p->slice + i));
+    return y;
+}
+
+// out = that, of which a thread has the first four already, and the selection branch, as all members have told it.
 template <int DV>
-__device__ static inline void merge_told(char *memory, const TeamPlan *p, const AttendCall *a, int list, int begin, int end) {
+__device__ static inline void merge_told(char *memory, const TeamPlan *p, const AttendCall *a, float4 first, int list, int begin, int end) {
     const int G = a->s.G, head0 = begin / DV, heads = begin < end ? (end - 1) / DV - head0 + 1 : 0;
-    const float *gates = (const float *)(memory + p->gates), *partial = (const float *)(memory + p->partial), *told = (const float *)(memory + p->told);
+    const float *gates = (const float *)(memory + p->gates), *told = (const float *)(memory + p->told);
     float2 *sums = (float2 *)(memory + p->sums);        // top becomes what a member's sums are multiplied by
     #pragma unroll 1
     for (int r0 = 0; r0 < heads; r0 += DECODE_THREADS / MOST_TEAM) {
@@ -1728,9 +1803,7 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
     #pragma unroll 1
     for (int i = threadIdx.x * FOUR; begin + i < end; i += DECODE_THREADS * FOUR) {
         const int g = (begin + i) / DV;
-        float4 y = make_float4(0, 0, 0, 0);
-        #pragma unroll 8
-        for (int n = 0; n < p->groups; n++) add_times(&y, 1, *(const float4 *)(partial + n * p->slice + i));
+        float4 y = i < DECODE_THREADS * FOUR ? first : sum_of_partials((const float *)(memory + p->partial), p, i);
         #pragma unroll 8
         for (int n = 0; n < p->team; n++) add_times(&y, sums[n * G + g].x, *(const float4 *)(told + n * p->slice + i));
         *(float4 *)(a->out + (int64_t)list * G * DV + begin + i) = y;
@@ -1738,7 +1811,7 @@ __device__ static inline void merge_told(char *memory, const TeamPlan *p, const 
 }
 
 // The choice, the selection branch and the sum of the branches. grid: list, member
-template <int D, int DV>
+template <int D, int DV, int TILE>
 __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selected_kernel(AttendCall a, TeamPlan p) {
     extern __shared__ uint4 fast_shared[];
     __shared__ Round round;
@@ -1757,30 +1830,39 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     const Stretch all = {0, a.input->of[SLC].keys};
     bf16 *ring = (bf16 *)fast_shared;
     offer_none((uint64_t *)(memory + p.offered), p.places, team);
+    SharesOfRow row = shares_of_row(&a, head0, min32(threadIdx.x / LSE_THREADS, 2 * G - 1), compressed, shares);
+    row.first = by_now(row.first), row.left = by_now(row.left);
+    const Stretch weighed = touching(first, first + min32(own, p.at_once), visible, &p);
+    const int tile = weighed.from / TILE_KEYS + warp, tiles = by_now(own > 0 && each > 0 ? (weighed.to - 1) / TILE_KEYS + 1 - tile : 0);
+    HeadWeights weights = weights_of_tile(&a, list, 0, tile);
+    weights.of = by_now(weights.of), weights.top = by_now(weights.top);
+    const EarlyShares early = early_shares<DV>(&p, &a, list, begin, end, compressed, shares);
+    const uint4 *queries_from = by_now(queries_of<D>(&a, head0));
+    const float *gates_from = by_now(a.gates + head0 * BRANCHES + threadIdx.x);
     team_there();
     wait_only();
     phase(NEXT_ALONE);
 
+    if (TILE == HALF_TILE) let_next_come();
     // All that is known by now is asked for at once
-    AskedTiles asked = {};
-    if (own > 0 && each > 0) {
-        const Stretch x = touching(first, first + min32(own, p.at_once), visible, &p);
-        asked = ask_tiles(&a, list, 0, x.from / TILE_KEYS + warp, (x.to - 1) / TILE_KEYS);
-    }
-    const AskedQueries<D> q = ask_queries<D>(&a, head0, min32(MMA_ROWS, G));
-    const AskedShares before = ask_shares<DV>(&p, &a, list, begin, end, compressed, shares);
+    AskedSums sums = ask_sums(&a.parts, row.first, row.left);
+    const float gate = (int)threadIdx.x < G * BRANCHES ? *gates_from : 0;
+    const AskedTiles asked = ask_tiles(weights, tiles);
+    const AskedQueries<D> q = ask_queries<D>(queries_from, min32(MMA_ROWS, G));
+    const AskedShares before = ask_shares<DV>(&a, early);
     #pragma unroll 1
-    for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = a.gates[head0 * BRANCHES + i];
-    #pragma unroll 1
-    for (int r0 = 0; r0 < 2 * G; r0 += DECODE_THREADS / LSE_THREADS) {
-        const int r = min32(r0 + threadIdx.x / LSE_THREADS, 2 * G - 1), second = r >= G, branch = second ? WIN : CMP;
-        const float lse = lse_of_shares(&a.parts, (int)parts_of(s, branch, head0 + r - second * G), second ? shares - compressed : compressed);
-        if (threadIdx.x % LSE_THREADS == 0) ((float *)(memory + p.lse))[r] = lse;
+    for (int r = threadIdx.x / LSE_THREADS;; row = shares_of_row(&a, head0, min32(r, 2 * G - 1), compressed, shares), sums = ask_sums(&a.parts, row.first, row.left)) {
+        const float lse = lse_of_shares(&a.parts, row, sums);
+        if (threadIdx.x % LSE_THREADS == 0 && r < 2 * G) ((float *)(memory + p.lse))[r] = lse;
+        r += DECODE_THREADS / LSE_THREADS;
+        if (r - threadIdx.x / LSE_THREADS >= 2 * G) break;
     }
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = i < DECODE_THREADS ? gate : a.gates[head0 * BRANCHES + i];
     put_queries<D>((bf16 *)queries, q);
     put_aside((SharesAside *)(memory + p.aside), before);
     __syncthreads();
-    let_next_come();                // now: what its blocks ask for would have been in this one's way
+    if (TILE != HALF_TILE) let_next_come();         // now: what its blocks ask for would have been in the way of this one's, if those are many
     phase(KNOWN);
 
     if (each) offer_blocks<D, DV>(memory, &p, &a, asked, list, first, own, visible, member);
@@ -1796,46 +1878,60 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     }
     __syncthreads();
     phase(CHOSEN);
-    const BlockKeys keys = block_keys<D, DV>(&a, SLC, list, all, -1, member, team, chosen, p.per_key);
+    const BlockKeys keys = block_keys<D, DV, TILE>(&a, SLC, list, all, -1, member, team, chosen, p.per_key);
     #pragma unroll 1
     for (int g0 = 0; g0 < G; g0 += MMA_ROWS) {
         const int heads = min32(MMA_ROWS, G - g0);
-        fetch_first<D, DV>(ring, &keys);
+        fetch_first<D, DV, TILE>(ring, &keys);
         if (g0) {
-            put_queries<D>((bf16 *)queries, ask_queries<D>(&a, head0 + g0, heads));
+            put_queries<D>((bf16 *)queries, ask_queries<D>(queries_of<D>(&a, head0 + g0), heads));
             __syncthreads();
         }
         BlockSums<DV> y;
-        attend_keys<D, DV>(&y, ring, &round, &keys, (bf16 *)queries, {});
+        int to_member[2][BlockSums<DV>::TILES];      // while keys are on their way
+        for (int i = 0; i < 2; i++)
+            for (int n = 0; n < BlockSums<DV>::TILES; n++) to_member[i][n] = by_now(quotient((g0 + lane() / 4 + i * 8) * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, p.per_slice));
+        attend_keys<D, DV, TILE>(&y, ring, &round, &keys, (bf16 *)queries, {});
         phase(ATTENDED_CHOSEN);
         for (int i = 0; i < 2; i++) {
             const int head = g0 + lane() / 4 + i * 8, to = warp * 4 + lane() % 4;
             if (head >= G) continue;
             if (to < team) tell((float2 *)(memory + p.sums) + member * G + head, make_float2(y.top[i], y.sum[i]), arrived + SUMMED, to);
             for (int n = 0; n < BlockSums<DV>::TILES; n++) {
-                const int at = head * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, of = quotient(at, p.per_slice);
+                const int at = head * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, of = to_member[i][n];
                 tell((float2 *)((float *)(memory + p.told) + (member - of) * p.slice + at), make_float2(y.o[n][i * 2], y.o[n][i * 2 + 1]), arrived + SUMMED, of);
             }
         }
         __syncthreads();            // before other keys take these ones' place
     }
     phase(TOLD_AGAIN);
+    const int i = threadIdx.x * FOUR;
+    const float4 first_four = begin + i < end ? sum_of_partials((const float *)(memory + p.partial), &p, i) : make_float4(0, 0, 0, 0);
     told(arrived + SUMMED);
     phase(MET_AGAIN);
-    merge_told<DV>(memory, &p, &a, list, begin, end);
+    merge_told<DV>(memory, &p, &a, first_four, list, begin, end);
     phase(MERGED);
 }
 
-// The linear maps of compression: x (members,K) · weight (outputs,K)ᵀ of a set; LAST: into the cache, else into `hidden`. A block of threads has
-// FAST_OUTPUTS of the lower half of the outputs and those that lie half of them further, which RoPE turns together, for up to MMA_ROWS members; its warps share K.
-enum { FAST_OUTPUTS = 8, FAST_STEP = 32 };
+// Compression in one launch: the linear map of `flat`, x (members,l·D) · weight (outputs,l·D)ᵀ, for up to MMA_ROWS members of a set. MLP: the first layer, of which
+// a block of threads has FAST_OUTPUTS outputs; the last block that is done with its own makes the second layer. Else the convolution: as many outputs of the lower half
+// and those that lie half of all further, which RoPE turns together. Warps share the K of the first map. The weights come before the token: they wait in shared memory.
+enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_STEPS = 16, AT_ONCE = 8 };
 
-// Eight numbers; weights need not be aligned.
-__device__ static inline uint4 eight_of(const bf16 *x, int aligned) {
-    if (aligned) return *(const uint4 *)x;
-    uint4 y;
-    for (int i = 0; i < 8; i++) ((bf16 *)&y)[i] = x[i];
-    return y;
+// Eight numbers at x, and so often `stride` further, as many times as there are, else zeros; they need not be aligned. All are asked for before one is used.
+__device__ static inline void load_eights(uint4 x[AT_ONCE], const bf16 *from, int stride, int count, int aligned) {
+    const uint4 none = {0, 0, 0, 0};
+    if (aligned) {
+        #pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) x[n] = n < count ? *(const uint4 *)(from + n * stride) : none;
+        return;
+    }
+    #pragma unroll
+    for (int n = 0; n < AT_ONCE; n++) {
+        const unsigned short *bits = (const unsigned short *)(from + n * stride);
+        const auto two = [&](int i) { return n < count ? bits[i] | (unsigned)bits[i + 1] << 16 : 0; };
+        x[n].x = two(0), x[n].y = two(2), x[n].z = two(4), x[n].w = two(6);
+    }
 }
 
 // In K a lane takes eight neighbours of both factors where the instruction's layout has four pairs: the order of a sum's terms is free.
@@ -1845,46 +1941,97 @@ __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const 
     mma_16816(d, a[1], b[1]);
 }
 
-// This warp's share of K. d: of the lower half of the outputs and of the upper one.
-template <int ALIGNED>
-__device__ static inline void compress_products(float d[2][4], const bf16 *x, int rows, const bf16 *weight, int64_t half, int64_t K) {
-    const int low = lane() / 4;
-    #pragma unroll ALIGNED ? 8 : 1
-    for (int64_t k = threadIdx.x / WARP * FAST_STEP + lane() % 4 * 8; k < K; k += DECODE_WARPS * FAST_STEP) {
-        const uint4 none = {0, 0, 0, 0}, upper = low < rows ? eight_of(x + low * K + k, 1) : none, lower = low + 8 < rows ? eight_of(x + (low + 8) * K + k, 1) : none;
-        for (int n = 0; n < 2; n++) mma_of_eights(d[n], upper, lower, eight_of(weight + (n * half + low) * K + k, ALIGNED));
-    }
-}
-
-template <int LAST>
+template <int MLP>
 __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
-    __shared__ float sums[DECODE_WARPS][MMA_ROWS][2 * FAST_OUTPUTS];
-    const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], outputs = LAST ? D : 2 * D, half = outputs / 2;
-    const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, m0 = blockIdx.z * MMA_ROWS, rows = min32(MMA_ROWS, a.members - m0), conv = a.kind == COMPRESS_CONV1D;
-    const int64_t K = LAST && !conv ? 2 * D : a.block * D, place = (int64_t)set * a.members + m0;
-    const bf16 *x = (LAST && !conv ? a.hidden[v] : a.flat[v]) + place * K;
-    const bf16 *weight = (!LAST ? a.matrices[v].fc1 : conv ? a.matrices[v].conv : a.matrices[v].fc2) + ((int64_t)set * outputs + c0) * K;
-    const float *bias = (!LAST ? a.weights[v].fc1_bias : conv ? a.weights[v].conv_bias : a.weights[v].fc2_bias) + set * outputs + c0;
-    const int there = c0 < half;
-    for (int n = 0; n < 2 && there; n++) prefetch_row(weight + (n * half + warp) * K, K);
-    wait_for_previous();
+    constexpr int HALVES = MLP ? 1 : 2;
+    __shared__ float sums[DECODE_WARPS][MMA_ROWS][HALVES * FAST_OUTPUTS];
+    __shared__ int is_last;
+    extern __shared__ uint4 fast_shared[];      // weights (FAST_STEPS,threads)
+    const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], outputs = MLP ? 2 * D : D, half = D / 2, K = a.block * D;
+    const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, m0 = blockIdx.z * MMA_ROWS, rows = min32(MMA_ROWS, a.members - m0);
+    const int there = c0 < outputs / HALVES, k0 = warp * FAST_STEP + lane() % 4 * 8;
+    const CompressWeights *w = &a.weights[v];
+    const bf16 *weight = (MLP ? a.matrices[v].fc1 : a.matrices[v].conv) + ((int64_t)set * outputs + c0) * K, *second = MLP ? a.matrices[v].fc2 + (int64_t)set * D * 2 * D : NULL;
+    const float *bias = (MLP ? w->fc1_bias : w->conv_bias) + set * outputs + c0;
+    const int aligned = (uintptr_t)weight % 16 == 0, early = there && aligned ? FAST_STEPS / HALVES : 0;       // steps whose weights come early
+    let_next_come();
+    #pragma unroll 4
+    for (int i = 0; i < early * HALVES; i++) {
+        const int k = k0 + i / HALVES * DECODE_THREADS;
+        if (k < K) cp_async_16(fast_shared + i * DECODE_THREADS + threadIdx.x, weight + ((int64_t)(i % HALVES * half) + low) * K + k, 16);
+    }
+    cp_async_commit();
+    for (int c = blockIdx.x * DECODE_WARPS + warp; c < D && MLP; c += gridDim.x * DECODE_WARPS) prefetch_row(second + c * 2 * D, 2 * D);
+    const int64_t place = (int64_t)set * a.members + m0;
+    const bf16 *flat = a.flat[v] + (place + low) * K + k0;
+    wait_only();
     if (!there) return;
-    float d[2][4] = {{0}};
-    if ((uintptr_t)weight % 16 == 0) compress_products<1>(d, x, rows, weight, half, K);
-    else compress_products<0>(d, x, rows, weight, half, K);
+    cp_async_wait<0>();
+    __syncthreads();
+
+    float d[HALVES][4] = {{0}};
+    const int all = k0 < K ? (K - k0 + DECODE_THREADS - 1) / DECODE_THREADS : 0;
+    #pragma unroll 1
+    for (int step = 0; step < all; step += AT_ONCE) {
+        uint4 x[AT_ONCE], y[AT_ONCE], w[AT_ONCE];
+        load_eights(x, flat + step * DECODE_THREADS, DECODE_THREADS, low < rows ? all - step : 0, 1);
+        load_eights(y, flat + 8 * K + step * DECODE_THREADS, DECODE_THREADS, low + 8 < rows ? all - step : 0, 1);
+        #pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            if (step >= early) load_eights(w, weight + (int64_t)(h * half + low) * K + k0 + step * DECODE_THREADS, DECODE_THREADS, all - step, aligned);
+            #pragma unroll
+            for (int n = 0; n < AT_ONCE; n++)
+                if (step + n < all) mma_of_eights(d[h], x[n], y[n], step < early ? fast_shared[((step + n) * HALVES + h) * DECODE_THREADS + threadIdx.x] : w[n]);
+        }
+    }
     #pragma unroll
-    for (int e = 0; e < 8; e++) sums[warp][low + e % 4 / 2 * 8][e / 4 * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[e / 4][e % 4];
+    for (int e = 0; e < HALVES * 4; e++) sums[warp][low + e % 4 / 2 * 8][e / 4 * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[e / 4][e % 4];
     __syncthreads();
     const int m = threadIdx.x / FAST_OUTPUTS, c = threadIdx.x % FAST_OUTPUTS;
-    if (m >= rows) return;
-    float y = bias[c], z = bias[half + c];
-    for (int w = 0; w < DECODE_WARPS; w++) y += sums[w][m][c], z += sums[w][m][FAST_OUTPUTS + c];
-    if (LAST) {
-        cache_compressed(&a, v, set, m0 + m, c0 + c, 1, y, z);
-    } else {
-        bf16 *to = a.hidden[v] + (place + m) * outputs + c0 + c;
-        to[0] = (bf16)gelu(y);
-        to[half] = (bf16)gelu(z);
+    if (m < rows) {
+        float y = bias[c], z = MLP ? 0 : bias[half + c];
+        for (int i = 0; i < DECODE_WARPS; i++) {
+            y += sums[i][m][c];
+            if (!MLP) z += sums[i][m][(HALVES - 1) * FAST_OUTPUTS + c];
+        }
+        if (MLP) a.hidden[v][(place + m) * outputs + c0 + c] = (bf16)gelu(y);
+        else cache_compressed(&a, v, set, m0 + m, c0 + c, 1, y, z);
+    }
+    if (!MLP) return;
+
+    // The second layer. What other blocks have written is seen by the last one
+    int *done = a.done + blockIdx.y * gridDim.z + blockIdx.z;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(done, 1) == outputs / FAST_OUTPUTS - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) *done = 0;
+    const bf16 *hidden = a.hidden[v] + place * 2 * D;
+    const int second_aligned = (uintptr_t)second % 16 == 0;
+    #pragma unroll 1
+    for (int c1 = warp * FAST_OUTPUTS; c1 < half; c1 += DECODE_WARPS * FAST_OUTPUTS) {
+        float e[2][4] = {{0}};
+        #pragma unroll 1
+        for (int k = lane() % 4 * 8; k < 2 * D; k += AT_ONCE * FAST_STEP) {
+            const int count = (2 * D - k + FAST_STEP - 1) / FAST_STEP;
+            uint4 x[AT_ONCE], y[AT_ONCE], w[2][AT_ONCE];
+            #pragma unroll
+            for (int h = 0; h < 2; h++) load_eights(w[h], second + (int64_t)(h * half + c1 + low) * 2 * D + k, FAST_STEP, count, second_aligned);
+            load_eights(x, hidden + low * 2 * D + k, FAST_STEP, low < rows ? count : 0, 1);
+            load_eights(y, hidden + (low + 8) * 2 * D + k, FAST_STEP, low + 8 < rows ? count : 0, 1);
+            #pragma unroll
+            for (int n = 0; n < AT_ONCE; n++)
+                #pragma unroll
+                for (int h = 0; h < 2; h++) mma_of_eights(e[h], x[n], y[n], w[h][n]);
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int channel = c1 + lane() % 4 * 2 + i % 2, member = low + i / 2 * 8;
+            const float *second_bias = w->fc2_bias + set * D + channel;
+            if (member < rows) cache_compressed(&a, v, set, m0 + member, channel, 1, e[0][i] + second_bias[0], e[1][i] + second_bias[half]);
+        }
     }
 }
 
@@ -1988,6 +2135,7 @@ static void plan_token(Decoder *d, const int *tokens) {
     }
     plan_lists(w, &in->of[CMP], cmp, &in->of[WIN], win);
     in->of[WIN].fresh = (int)(t % max64(c->window, 1));      // slots are used again
+    if (has_nsa(c) && !completes_block(c, t)) in->of[CMP].fresh = -1;
     plan_lists(w, &in->of[SLC], slc, NULL, 0);
     plan_lists(w, &in->of[CACHE_FULL], t + 1, NULL, 0);
     memcpy(in->tokens, tokens, (size_t)d->rows * sizeof(int));
@@ -1998,7 +2146,9 @@ static size_t input_bytes(const Decoder *d) { return sizeof(Input) + (size_t)d->
 typedef void FastKernel(AttendCall);
 static FastKernel *dense_kernel_of(int D) { return D == 64 ? fast_attend_kernel<64, 64> : D == 128 ? fast_attend_kernel<128, 128> : fast_attend_kernel<192, 128>; }
 typedef void SelectedKernel(AttendCall, TeamPlan);
-static SelectedKernel *selected_kernel_of(int D) { return D == 64 ? fast_selected_kernel<64, 64> : D == 128 ? fast_selected_kernel<128, 128> : fast_selected_kernel<192, 128>; }
+template <int TILE>
+static SelectedKernel *selected_kernel_by(int D) { return D == 64 ? fast_selected_kernel<64, 64, TILE> : D == 128 ? fast_selected_kernel<128, 128, TILE> : fast_selected_kernel<192, 128, TILE>; }
+static SelectedKernel *selected_kernel_of(int D, int tile) { return tile == TILE_KEYS ? selected_kernel_by<TILE_KEYS>(D) : selected_kernel_by<HALF_TILE>(D); }
 
 // Every head meets the keys of one list, or of two.
 template <typename F>
@@ -2012,23 +2162,34 @@ static void launch_attend(const Working *w, AttendCall a, int first, int second)
     else launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
 }
 
+static int64_t fast_compress_bytes(void) { return FAST_STEPS * DECODE_THREADS * (int64_t)sizeof(uint4); }
+
 template <typename F>
-static void compress_step(Decoder *d, int layer) {
+static CompressStep<F> compress_step_of(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
     const Model *g = d->model->twin;
     const LayerWeights *w = &g->layers[layer];
-    Working *a = d->work;
+    const Working *a = d->work;
     const int KV = c->num_key_value_heads, D = c->head_dim, Dv = c->v_head_dim, sets = c->compress == COMPRESS_MLP ? 1 : KV, lists = d->rows * KV;
-    const int64_t most = max64(D, Dv);
     const CompressStep<F> step = {{(F *)a->flat[0], (F *)a->flat[1]}, {(F *)a->hidden[0], (F *)a->hidden[1]}, a->angles, a->device_input, d->layers[layer],
                                   {w->compress[0], w->compress[1]}, {compress_matrices<F>(g, &w->compress[0]), compress_matrices<F>(g, &w->compress[1])},
-                                  KV, {D, Dv}, c->cmp_block, c->compress, sets, lists / sets};
-    launch(a->stream, flatten_kernel<F>, dim3((unsigned)lists, grid(c->cmp_block * most, THREADS), 2), THREADS, 0, step);
+                                  KV, {D, Dv}, c->cmp_block, c->compress, sets, lists / sets, a->done};
+    return step;
+}
+
+// What token_kernel has flattened goes into the cache.
+template <typename F>
+static void compress_step(Decoder *d, int layer) {
+    const Config *c = &d->model->config;
+    const Working *a = d->work;
+    const CompressStep<F> step = compress_step_of<F>(d, layer);
+    const int D = c->head_dim, sets = step.sets;
+    const int64_t most = max64(D, c->v_head_dim);
     if constexpr (std::is_same<F, bf16>::value)
         if (a->fast && compress_has_weights(c->compress)) {
-            const unsigned members = grid(step.members, MMA_ROWS);
-            if (compress_hidden(c->compress, D)) launch(a->stream, fast_compress_kernel<0>, dim3(grid(most, FAST_OUTPUTS), 2 * (unsigned)sets, members), DECODE_THREADS, 0, step);
-            launch(a->stream, fast_compress_kernel<1>, dim3(grid(most / 2, FAST_OUTPUTS), 2 * (unsigned)sets, members), DECODE_THREADS, 0, step);
+            const int mlp = compress_hidden(c->compress, D) > 0;
+            launch(a->stream, mlp ? fast_compress_kernel<1> : fast_compress_kernel<0>, dim3(grid(mlp ? 2 * most : most / 2, FAST_OUTPUTS), 2 * (unsigned)sets, grid(step.members, MMA_ROWS)), DECODE_THREADS,
+                   fast_compress_bytes(), step);
             return;
         }
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
@@ -2069,7 +2230,7 @@ static void decode_branches(Decoder *d, int layer, int completes) {
     } else {
         launch_attend<F>(w, a, CMP, WIN);
         if (w->fast) {
-            launch_teams(w->stream, selected_kernel_of(a.s.D), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->plan.team), DECODE_THREADS, w->plan.bytes, w->plan.team, a, w->plan);
+            launch_teams(w->stream, selected_kernel_of(a.s.D, w->plan.tile), dim3((unsigned)(a.s.rows * a.s.KV), (unsigned)w->plan.team), DECODE_THREADS, w->plan.bytes, w->plan.team, a, w->plan);
             return;
         }
         launch_choice(d, layer);
@@ -2090,7 +2251,8 @@ static void decode_attention(Decoder *d, int layer, int completes) {
     const int64_t rows = d->rows, C = c->hidden_size;
     const TokenCall token = {a->wide, a->gates, a->fast ? a->queries : NULL, w->gate_weight, w->gate_bias, a->angles, a->device_input, row, d->layers[layer], s, c->gate};
     linear(a->stream, a->wide, NULL, w->norm1, c->rms_norm_eps, a->x, matrix<F>(g, w->wide), rows, C, row.size, 0);
-    launch(a->stream, token_kernel<F>, (unsigned)rows, THREADS, 0, token);
+    const CompressStep<F> step = s.full ? CompressStep<F>{} : compress_step_of<F>(d, layer);
+    launch(a->stream, token_kernel<F>, (unsigned)(rows + (completes && !s.full ? flatten_blocks(&step) : 0)), THREADS, 0, token, step);
     decode_branches<F>(d, layer, completes);
     linear(a->stream, a->mid, a->x, NULL, 0, a->attention, matrix<F>(g, w->o), rows, (int64_t)s.H * s.Dv, C, 0);
 }
@@ -2189,6 +2351,7 @@ static void carve_working(Working *w, const Config *c, int64_t rows, int64_t cap
         carve(m, (char **)&w->flat[v], nsa * lists * c->cmp_block * (v ? Dv : D) * cache_number(c));
         carve(m, (char **)&w->hidden[v], nsa * lists * 2 * (v ? Dv : D) * cache_number(c));
     }
+    carve(m, &w->done, nsa * 2 * lists);
     const int64_t tiles = nsa * w->fast * lists * head_groups((int)(H / KV)) * weight_tiles(slots);
     carve(m, &w->heads.of, tiles * TILE_CHUNKS);
     carve(m, &w->heads.top, tiles * MMA_ROWS);
@@ -2236,30 +2399,38 @@ static void allow_rings(Kernel *kernel, int64_t bytes) {
 // Blocks of threads that fit on the GPU at the same time.
 static int64_t blocks_at_once(int D) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(D)) * gpu.multiProcessorCount; }
 
-// How large a team is: a power of two.
-static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
-    SelectedKernel *kernel = selected_kernel_of(s->D);
+// How many teams fit on the GPU at the same time; the memory of their blocks of threads is rounded up.
+static int teams_at_once(TeamPlan *plan, int D) {
+    SelectedKernel *kernel = selected_kernel_of(D, plan->tile);
     cudaFuncAttributes compiled;
-    TeamPlan best = {};
-    double least = INFINITY;
     CUDA(cudaFuncGetAttributes(&compiled, (const void *)kernel));
     const int clusters = gpu.major >= 9 && compiled.ptxVersion >= 90;       // this GPU has them, and the code for it
+    if (plan->team > 1 && !clusters) return 0;
     // More than half of a multiprocessor: two blocks would share one while others have none. The rest is the next kernel's.
     const int64_t half = (int64_t)gpu.sharedMemPerMultiprocessor / 2 - (int64_t)compiled.sharedSizeBytes - (int64_t)gpu.reservedSharedMemPerBlock + (int64_t)sizeof(float4);
-    const int64_t room = (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes, lists = (int64_t)s->rows * s->KV;
-    if (clusters) CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    for (int team = 1; team <= (clusters ? MOST_TEAM : 1); team *= 2) {
+    plan->bytes = (int)max64(plan->bytes, half);
+    if (plan->bytes > (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes) return 0;
+    allow_rings(kernel, plan->bytes);
+    if (!clusters) return gpu.multiProcessorCount;
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)plan->team), DECODE_THREADS, plan->bytes, plan->team);
+    int at_once = 0;
+    CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    if (cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) at_once = 0, (void)cudaGetLastError();      // none so large
+    return at_once;
+}
+
+// How large a team is: a power of two.
+static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
+    TeamPlan best = {};
+    double least = INFINITY;
+    for (int team = 1; team <= MOST_TEAM; team *= 2) {
         TeamPlan plan = plan_team(s, blocks, team);
-        plan.bytes = (int)max64(plan.bytes, half);
-        cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)team), DECODE_THREADS, plan.bytes, team);
-        int at_once = gpu.multiProcessorCount;
-        if (plan.bytes > room) continue;
-        allow_rings(kernel, plan.bytes);
-        if (clusters && cudaOccupancyMaxActiveClusters(&at_once, (const void *)kernel, &config) != cudaSuccess) at_once = 0, (void)cudaGetLastError();   // none so large
-        if (at_once > 0 && time_of_shares(lists, at_once, team, TEAM_COST) < least) least = time_of_shares(lists, at_once, team, TEAM_COST), best = plan;
+        const int at_once = teams_at_once(&plan, s->D);
+        const double time = at_once > 0 ? time_of_shares((int64_t)s->rows * s->KV, at_once, team, TEAM_COST) : INFINITY;
+        if (time < least) least = time, best = plan;
     }
-    if (best.team) allow_rings(kernel, best.bytes);
+    if (best.team) allow_rings(selected_kernel_of(s->D, best.tile), best.bytes);
     return best;
 }
 
@@ -2306,7 +2477,10 @@ void decoder_open(Decoder *d) {
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
-    if (tier_of_model(c) != TIER_SIMPLE) allow_rings(dense_kernel_of(s.D), ring_bytes(s.D));
+    if (tier_of_model(c) == TIER_SIMPLE) return;
+    allow_rings(dense_kernel_of(s.D), ring_bytes(s.D));
+    allow_rings(fast_compress_kernel<0>, fast_compress_bytes());
+    allow_rings(fast_compress_kernel<1>, fast_compress_bytes());
 }
 
 static void drop_graphs(Working *w) {
@@ -2345,6 +2519,7 @@ void decoder_room(Decoder *d) {
     double *frequency = (double *)xmalloc((size_t)half * sizeof(double));
     for (int j = 0; j < half; j++) frequency[j] = pow(c->rope_theta, -2.0 * j / c->head_dim);
     to_device(w->frequency, frequency, half * (int64_t)sizeof(double));
+    if (has_nsa(c)) CUDA(cudaMemset(w->done, 0, 2 * (size_t)d->rows * (size_t)c->num_key_value_heads * sizeof(int)));
     free(frequency);
     note_memory(w);
 }

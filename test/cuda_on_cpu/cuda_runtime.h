@@ -477,6 +477,7 @@ static inline T __reduce_min_sync(unsigned mask, T x) { return ~__reduce_max_syn
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline unsigned __vmaxu2(unsigned a, unsigned b) { return (a >> 16 > b >> 16 ? a : b) & ~0xffffu | ((a & 0xffff) > (b & 0xffff) ? a : b) & 0xffff; }
+static inline void __threadfence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline int atomicAdd(int *p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
