@@ -371,14 +371,14 @@ void decode_token(Decoder *d, const int *tokens) {
 // block of tokens that must be compressed, the others do without these kernels. All that is long is shared out among the whole GPU:
 //
 //     linear               a warp for each output reads its row of the weights once
-//     token_kernel         gates, RoPE, the token's keys and values into the caches
-//     flatten, hidden, output      a block of tokens that is complete becomes a compressed key and value
+//     token_kernel         gates, RoPE, the token's keys and values into the caches; where it completes a block of tokens, that block with its positions
+//     compress_step        such a block becomes a compressed key and value
 //     attention            a share of the keys, for the heads that have them in common; merge_kernel puts the shares together
 //     selection            which blocks the selection branch reads, from the scores of the compressed branch
 //
 // Weights and caches are F, float or bf16 (--dtype); everything else, the residual stream too, is f32. Attention, selection and compression
 // come in two tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (choose_tier): two
-// launches for a layer's sparse attention.
+// launches for a layer's sparse attention, and one for compression.
 //
 // Nothing is added by atomics, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
 
@@ -391,7 +391,7 @@ enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blo
 // that it reads; each takes `share` keys of its list.
 typedef struct Reading {
     int keys, share, first_split, splits;
-    int fresh;                      // the slot of the key that the token brings; that of a compressed one may be older
+    int fresh;                      // the slot of the key that the token brings, or -1: a compressed one comes with every d-th token
 } Reading;
 
 typedef struct Input {              // of the token to come
@@ -412,7 +412,7 @@ typedef struct HeadWeights { uint4 *of; float *top; } HeadWeights;
 // For a team of blocks of threads that make the choice of a list and read what is chosen (fast_selected_kernel): what follows from its shape, and where things stand in a
 // member's dynamic shared memory, in bytes.
 typedef struct TeamPlan {
-    int tile;                           // keys that a warp takes at a time of what is chosen
+    int tile;                           // keys of a warp's tile of what is chosen: half of TILE_KEYS where so all of a member's keys are one round
     int team, places;                   // members of a team, 0: none fits; blocks that are chosen by their importance
     int slice, across, groups;          // numbers of out that a member adds up; threads that have them by fours, in so many groups
     int per_block, pieces, at_once;     // compressed blocks that begin in a selection block, strides in one, selection blocks that are weighed at once
@@ -548,7 +548,7 @@ __device__ static inline void told(uint64_t *arrived) {
     __syncthreads();
 #endif
 }
-// Works out x here: the compiler would rather do that where it is needed, behind a wait.
+// Works out x here, where there is time: the compiler would rather do that where x is needed, behind a wait.
 __device__ static inline int by_now(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -777,7 +777,7 @@ struct CompressStep {
     int *done;                          // (2,sets,members by MMA_ROWS): blocks of threads that are done with their part, of the fast tier; 0 before and after
 };
 
-// The n-th THREADS numbers of both `flat`: the tail's older tokens and the one that comes with `wide`.
+// The n-th THREADS numbers of both `flat`: the tokens of the block that wait in the tail, and the newest, which is in `wide`, with their positions.
 template <typename F>
 __device__ static inline void flatten(const CompressStep<F> *a, const TokenCall *token, int64_t n) {
     const int64_t each = (a->block * (int64_t)max32(a->width[0], a->width[1]) + blockDim.x - 1) / blockDim.x, place = n / 2 / each, i = n / 2 % each * blockDim.x + threadIdx.x;
@@ -1206,7 +1206,7 @@ DEVICE static inline int quotient(int i, float inverse) { return (int)(((float)i
 typedef struct BlockKeys {
     const bf16 *k, *v;
     int first, gap, end;
-    int fresh;              // the key that this token has brought, or -1: none
+    int fresh;              // the key that this token brings, or -1: none
     const int *idx;         // or NULL: the blocks of `block` slots in which the keys lie
     int block;
     float per_block;        // 1 / block
@@ -1502,23 +1502,23 @@ __device__ static inline Stretch touching(int j0, int j1, int visible, const Tea
     return x;
 }
 
-// The log-sum-exp of a branch of a head, in units of log2, from its shares: LSE_THREADS side by side.
+// The log-sum-exp of a branch of a head, in units of log2, from its shares, of which the first have been asked for: LSE_THREADS side by side.
 enum { LSE_THREADS = 8 };
-typedef struct AskedSums { float top[FOUR], sum[FOUR]; } AskedSums;
-__device__ static inline AskedSums ask_sums(const Shares *parts, int first, int left) {
-    AskedSums x;
-    #pragma unroll
-    for (int i = 0; i < FOUR; i++) {
-        x.top[i] = i * LSE_THREADS < left ? parts->top[first + i * LSE_THREADS] : NO_TOP;
-        x.sum[i] = i * LSE_THREADS < left ? parts->sum[first + i * LSE_THREADS] : 0;
-    }
-    return x;
-}
-// The first share of a row of lse that a thread has, and how many there are from it on.
+// The first share of a row of lse (2,G) that a thread has, and how many there are from it on.
 typedef struct SharesOfRow { int first, left; } SharesOfRow;
 __device__ static inline SharesOfRow shares_of_row(const AttendCall *a, int head0, int r, int compressed, int all) {
     const int G = a->s.G, second = r >= G, n = threadIdx.x % LSE_THREADS;
     const SharesOfRow x = {(int)parts_of(&a->s, second ? WIN : CMP, head0 + r - second * G) + n, (second ? all - compressed : compressed) - n};
+    return x;
+}
+typedef struct AskedSums { float top[FOUR], sum[FOUR]; } AskedSums;
+__device__ static inline AskedSums ask_sums(const Shares *parts, SharesOfRow row) {
+    AskedSums x;
+    #pragma unroll
+    for (int i = 0; i < FOUR; i++) {
+        x.top[i] = i * LSE_THREADS < row.left ? parts->top[row.first + i * LSE_THREADS] : NO_TOP;
+        x.sum[i] = i * LSE_THREADS < row.left ? parts->sum[row.first + i * LSE_THREADS] : 0;
+    }
     return x;
 }
 __device__ static inline float lse_of_shares(const Shares *parts, SharesOfRow x, AskedSums asked) {
@@ -1530,7 +1530,7 @@ __device__ static inline float lse_of_shares(const Shares *parts, SharesOfRow x,
         total *= power_of_2(before - highest);
         for (int i = 0; i < FOUR; i++) total += asked.sum[i] * power_of_2(asked.top[i] * LOG2E - highest);
         x.first += FOUR * LSE_THREADS, x.left -= FOUR * LSE_THREADS;
-        if (x.left > 0) asked = ask_sums(parts, x.first, x.left);
+        if (x.left > 0) asked = ask_sums(parts, x);
     }
     float before = highest;
     for (int step = 1; step < LSE_THREADS; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
@@ -1731,7 +1731,8 @@ __device__ static inline float share_factor(const char *memory, const TeamPlan *
 
 // Of numbers [begin, end) of (G,DV) of a list, the sums of the branches before: a thread takes four neighbouring channels of every so-manieth share. The first shares of
 // a thread's first channels are asked for as soon as they are there, and put aside in shared memory until the offers are on their way: registers are short until then.
-typedef struct EarlyShares { int of[EARLY], channel; } EarlyShares;      // -1: this thread has none
+// EarlyShares: which those are, and the first of the channels, -1: this thread has none.
+typedef struct EarlyShares { int of[EARLY], channel; } EarlyShares;
 template <int DV>
 __device__ static inline EarlyShares early_shares(const TeamPlan *p, const AttendCall *a, int list, int begin, int end, int compressed, int all) {
     const int group = quotient(threadIdx.x, p->per_across), at = begin + (threadIdx.x - group * p->across) * FOUR;
@@ -1827,6 +1828,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     team_begin(arrived, bytes);
     const int blocks = a.input->blocks, each = a.input->each, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
+    // What the next kernel's blocks ask for is in the way of what this one asks for first, unless it is a round each
+    const int next_at_once = a.input->of[CMP].share <= ROUND_KEYS;
     const Stretch all = {0, a.input->of[SLC].keys};
     bf16 *ring = (bf16 *)fast_shared;
     offer_none((uint64_t *)(memory + p.offered), p.places, team);
@@ -1843,26 +1846,26 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     wait_only();
     phase(NEXT_ALONE);
 
-    if (TILE == HALF_TILE) let_next_come();
+    if (next_at_once) let_next_come();
     // All that is known by now is asked for at once
-    AskedSums sums = ask_sums(&a.parts, row.first, row.left);
+    AskedSums sums = ask_sums(&a.parts, row);
     const float gate = (int)threadIdx.x < G * BRANCHES ? *gates_from : 0;
     const AskedTiles asked = ask_tiles(weights, tiles);
     const AskedQueries<D> q = ask_queries<D>(queries_from, min32(MMA_ROWS, G));
     const AskedShares before = ask_shares<DV>(&a, early);
     #pragma unroll 1
-    for (int r = threadIdx.x / LSE_THREADS;; row = shares_of_row(&a, head0, min32(r, 2 * G - 1), compressed, shares), sums = ask_sums(&a.parts, row.first, row.left)) {
+    for (int r0 = 0; r0 < 2 * G; r0 += DECODE_THREADS / LSE_THREADS) {
+        const int r = min32(r0 + threadIdx.x / LSE_THREADS, 2 * G - 1);
+        if (r0) row = shares_of_row(&a, head0, r, compressed, shares), sums = ask_sums(&a.parts, row);
         const float lse = lse_of_shares(&a.parts, row, sums);
-        if (threadIdx.x % LSE_THREADS == 0 && r < 2 * G) ((float *)(memory + p.lse))[r] = lse;
-        r += DECODE_THREADS / LSE_THREADS;
-        if (r - threadIdx.x / LSE_THREADS >= 2 * G) break;
+        if (threadIdx.x % LSE_THREADS == 0) ((float *)(memory + p.lse))[r] = lse;
     }
     #pragma unroll 1
     for (int i = threadIdx.x; i < G * BRANCHES; i += DECODE_THREADS) ((float *)(memory + p.gates))[i] = i < DECODE_THREADS ? gate : a.gates[head0 * BRANCHES + i];
     put_queries<D>((bf16 *)queries, q);
     put_aside((SharesAside *)(memory + p.aside), before);
     __syncthreads();
-    if (TILE != HALF_TILE) let_next_come();         // now: what its blocks ask for would have been in the way of this one's, if those are many
+    if (!next_at_once) let_next_come();
     phase(KNOWN);
 
     if (each) offer_blocks<D, DV>(memory, &p, &a, asked, list, first, own, visible, member);
@@ -1888,7 +1891,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
             __syncthreads();
         }
         BlockSums<DV> y;
-        int to_member[2][BlockSums<DV>::TILES];      // while keys are on their way
+        int to_member[2][BlockSums<DV>::TILES];      // where sums will go, while keys are on their way
         for (int i = 0; i < 2; i++)
             for (int n = 0; n < BlockSums<DV>::TILES; n++) to_member[i][n] = by_now(quotient((g0 + lane() / 4 + i * 8) * DV + warp * BlockSums<DV>::CHANNELS + n * 8 + lane() % 4 * 2, p.per_slice));
         attend_keys<D, DV, TILE>(&y, ring, &round, &keys, (bf16 *)queries, {});
@@ -1914,8 +1917,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
 }
 
 // Compression in one launch: the linear map of `flat`, x (members,l·D) · weight (outputs,l·D)ᵀ, for up to MMA_ROWS members of a set. MLP: the first layer, of which
-// a block of threads has FAST_OUTPUTS outputs; the last block that is done with its own makes the second layer. Else the convolution: as many outputs of the lower half
-// and those that lie half of all further, which RoPE turns together. Warps share the K of the first map. The weights come before the token: they wait in shared memory.
+// a block of threads has FAST_OUTPUTS outputs; the last block to be done with its own makes the second layer. Else the convolution: as many outputs of the lower half
+// and those that lie half of all further, which RoPE turns together. Warps share K, in steps. Weights of the first steps wait in shared memory for what token_kernel flattens.
 enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_STEPS = 16, AT_ONCE = 8 };
 
 // Eight numbers at x, and so often `stride` further, as many times as there are, else zeros; they need not be aligned. All are asked for before one is used.
@@ -1941,6 +1944,36 @@ __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const 
     mma_16816(d, a[1], b[1]);
 }
 
+// The second layer for members m0 .. m0+rows-1 of a set, from `hidden` into the cache: a warp has FAST_OUTPUTS channels of the lower half and those that turn with them.
+__device__ static inline void second_layer(const CompressStep<bf16> *a, int v, int set, int m0, int rows) {
+    const int D = a->width[v], half = D / 2, low = lane() / 4;
+    const bf16 *hidden = a->hidden[v] + ((int64_t)set * a->members + m0) * 2 * D, *weight = a->matrices[v].fc2 + (int64_t)set * D * 2 * D;
+    const float *bias = a->weights[v].fc2_bias + set * D;
+    const int aligned = (uintptr_t)weight % 16 == 0;
+    #pragma unroll 1
+    for (int c0 = threadIdx.x / WARP * FAST_OUTPUTS; c0 < half; c0 += DECODE_WARPS * FAST_OUTPUTS) {
+        float d[2][4] = {{0}};
+        #pragma unroll 1
+        for (int k = lane() % 4 * 8; k < 2 * D; k += AT_ONCE * FAST_STEP) {
+            const int count = (2 * D - k + FAST_STEP - 1) / FAST_STEP;
+            uint4 x[AT_ONCE], y[AT_ONCE], w[2][AT_ONCE];
+            #pragma unroll
+            for (int h = 0; h < 2; h++) load_eights(w[h], weight + (int64_t)(h * half + c0 + low) * 2 * D + k, FAST_STEP, count, aligned);
+            load_eights(x, hidden + low * 2 * D + k, FAST_STEP, low < rows ? count : 0, 1);
+            load_eights(y, hidden + (low + 8) * 2 * D + k, FAST_STEP, low + 8 < rows ? count : 0, 1);
+            #pragma unroll
+            for (int n = 0; n < AT_ONCE; n++)
+                #pragma unroll
+                for (int h = 0; h < 2; h++) mma_of_eights(d[h], x[n], y[n], w[h][n]);
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int c = c0 + lane() % 4 * 2 + i % 2, m = low + i / 2 * 8;
+            if (m < rows) cache_compressed(a, v, set, m0 + m, c, 1, d[0][i] + bias[c], d[1][i] + bias[half + c]);
+        }
+    }
+}
+
 template <int MLP>
 __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
     constexpr int HALVES = MLP ? 1 : 2;
@@ -1950,9 +1983,8 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
     const int v = (int)blockIdx.y / a.sets, set = (int)blockIdx.y % a.sets, D = a.width[v], outputs = MLP ? 2 * D : D, half = D / 2, K = a.block * D;
     const int warp = threadIdx.x / WARP, low = lane() / 4, c0 = blockIdx.x * FAST_OUTPUTS, m0 = blockIdx.z * MMA_ROWS, rows = min32(MMA_ROWS, a.members - m0);
     const int there = c0 < outputs / HALVES, k0 = warp * FAST_STEP + lane() % 4 * 8;
-    const CompressWeights *w = &a.weights[v];
-    const bf16 *weight = (MLP ? a.matrices[v].fc1 : a.matrices[v].conv) + ((int64_t)set * outputs + c0) * K, *second = MLP ? a.matrices[v].fc2 + (int64_t)set * D * 2 * D : NULL;
-    const float *bias = (MLP ? w->fc1_bias : w->conv_bias) + set * outputs + c0;
+    const bf16 *weight = (MLP ? a.matrices[v].fc1 : a.matrices[v].conv) + ((int64_t)set * outputs + c0) * K;
+    const float *bias = (MLP ? a.weights[v].fc1_bias : a.weights[v].conv_bias) + set * outputs + c0;
     const int aligned = (uintptr_t)weight % 16 == 0, early = there && aligned ? FAST_STEPS / HALVES : 0;       // steps whose weights come early
     let_next_come();
     #pragma unroll 4
@@ -1961,14 +1993,12 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
         if (k < K) cp_async_16(fast_shared + i * DECODE_THREADS + threadIdx.x, weight + ((int64_t)(i % HALVES * half) + low) * K + k, 16);
     }
     cp_async_commit();
-    for (int c = blockIdx.x * DECODE_WARPS + warp; c < D && MLP; c += gridDim.x * DECODE_WARPS) prefetch_row(second + c * 2 * D, 2 * D);
+    for (int c = blockIdx.x * DECODE_WARPS + warp; c < D && MLP; c += gridDim.x * DECODE_WARPS) prefetch_row(a.matrices[v].fc2 + ((int64_t)set * D + c) * 2 * D, 2 * D);
     const int64_t place = (int64_t)set * a.members + m0;
     const bf16 *flat = a.flat[v] + (place + low) * K + k0;
     wait_only();
     if (!there) return;
-    cp_async_wait<0>();
-    __syncthreads();
-
+    cp_async_wait<0>();         // a lane's own, so that warps need not meet
     float d[HALVES][4] = {{0}};
     const int all = k0 < K ? (K - k0 + DECODE_THREADS - 1) / DECODE_THREADS : 0;
     #pragma unroll 1
@@ -1999,7 +2029,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
     }
     if (!MLP) return;
 
-    // The second layer. What other blocks have written is seen by the last one
+    // What other blocks have written is seen by the last one
     int *done = a.done + blockIdx.y * gridDim.z + blockIdx.z;
     __threadfence();
     __syncthreads();
@@ -2008,31 +2038,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
     if (!is_last) return;
     __threadfence();
     if (threadIdx.x == 0) *done = 0;
-    const bf16 *hidden = a.hidden[v] + place * 2 * D;
-    const int second_aligned = (uintptr_t)second % 16 == 0;
-    #pragma unroll 1
-    for (int c1 = warp * FAST_OUTPUTS; c1 < half; c1 += DECODE_WARPS * FAST_OUTPUTS) {
-        float e[2][4] = {{0}};
-        #pragma unroll 1
-        for (int k = lane() % 4 * 8; k < 2 * D; k += AT_ONCE * FAST_STEP) {
-            const int count = (2 * D - k + FAST_STEP - 1) / FAST_STEP;
-            uint4 x[AT_ONCE], y[AT_ONCE], w[2][AT_ONCE];
-            #pragma unroll
-            for (int h = 0; h < 2; h++) load_eights(w[h], second + (int64_t)(h * half + c1 + low) * 2 * D + k, FAST_STEP, count, second_aligned);
-            load_eights(x, hidden + low * 2 * D + k, FAST_STEP, low < rows ? count : 0, 1);
-            load_eights(y, hidden + (low + 8) * 2 * D + k, FAST_STEP, low + 8 < rows ? count : 0, 1);
-            #pragma unroll
-            for (int n = 0; n < AT_ONCE; n++)
-                #pragma unroll
-                for (int h = 0; h < 2; h++) mma_of_eights(e[h], x[n], y[n], w[h][n]);
-        }
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int channel = c1 + lane() % 4 * 2 + i % 2, member = low + i / 2 * 8;
-            const float *second_bias = w->fc2_bias + set * D + channel;
-            if (member < rows) cache_compressed(&a, v, set, m0 + member, channel, 1, e[0][i] + second_bias[0], e[1][i] + second_bias[half]);
-        }
-    }
+    second_layer(&a, v, set, m0, rows);
 }
 
 // ----------------------------------------------------------------------------

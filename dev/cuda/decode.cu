@@ -81,6 +81,8 @@ static const Case cases[] = {
     {1, 2011, "--heads 16 --kv-heads 1 --head-dim 64 --cmp-block 2 --cmp-stride 1 --sel-block 2 --sel-blocks 40"},      // more candidates than threads
     {1, 140003, "--heads 2 --kv-heads 1 --head-dim 64 --cmp-block 2 --cmp-stride 1 --sel-block 2 --sel-blocks 40 --window 50"},     // that must be weighed in parts, and first thinned out
     {1, 300, "--heads 4 --kv-heads 2 --head-dim 64 --cmp-block 4 --cmp-stride 2 --sel-block 8 --sel-blocks 3 --window 50"},      // forced blocks only
+    {1, 2900, "--heads 16 --kv-heads 1 --head-dim 128 --preset paper --sel-blocks 40"},     // more than a team reads in a round of half tiles
+    {1, 2011, "--heads 4 --kv-heads 2 --head-dim 192 --v-head-dim 128 --preset paper"},
 };
 
 static float *normals(int64_t n) {
