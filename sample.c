@@ -380,7 +380,7 @@ void decode_token(Decoder *d, const int *tokens) {
 // come in two tiers, as in training: simple kernels that take any shape and both types, and for bf16 fast ones (choose_tier): two
 // launches for a layer's sparse attention, and one for compression.
 //
-// Nothing is added by atomics, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
+// Atomics only count, no numbers of the model are added up by them, and shares depend on the position alone: the same seed gives the same text. The tail is a ring of l tokens.
 
 #ifdef NSA_CU
 static const char *device_name = "GPU", *memory_name = "GPU memory";
@@ -470,8 +470,9 @@ static DecodeShape decode_shape(const Decoder *d, int layer) { return shape_of_c
 
 // ----------------------------------------------------------------------------
 // Launches. These kernels are so short that setting up the next one takes as long as running this one. From sm_90 on the two overlap
-// (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun (or, by wait_only, when what it
-// needs first has been asked for), and they wait where they first touch what others write. Each kernel waits, even before it returns: so all that came before it is done. What may be read before is
+// (programmatic dependent launch): a kernel lets its successor's blocks come as soon as its own have all begun, or later, when what it needs first has been
+// asked for, and they wait where they first touch what others write (wait_for_previous does both, wait_only is for kernels that have something to do between
+// the two). Each kernel waits, even before it returns: so all that came before it is done. What may be read before is
 // what the kernels of this token do not write: weights, the input, older tokens' keys.
 //
 // On the same GPUs the blocks of threads of a cluster run at the same time and can wait for each other: a team. Elsewhere a team is one block.
@@ -1184,7 +1185,7 @@ DEVICE static inline HeadWeights weights_of(const HeadWeights *x, int64_t group,
     return of;
 }
 
-// A block's ring in shared memory: each of the SLOTS takes the keys (ROUND_KEYS,D) or the values (ROUND_KEYS,DV) of a round. Two blocks fit on a multiprocessor at
+// A block's ring in shared memory: each of the SLOTS takes the keys (ROUND,D) or the values (ROUND,DV) of a round, of tiles of TILE keys. Two blocks fit on a multiprocessor at
 // D = 64 and 128: so those of the next kernel can have asked for their keys while this one ends.
 template <int D, int DV, int TILE = TILE_KEYS>
 struct KeyRing {
@@ -1311,13 +1312,13 @@ template <int DV> struct BlockSums { static constexpr int TILES = DV / 8 / DECOD
 // Less than any score, and unlike -INFINITY a number that can be subtracted from itself: the top of no keys.
 #define NO_TOP -1e30f
 
-// What the warps of a block tell each other in a round: highest scores, and weights (MMA_ROWS,ROUND_KEYS).
+// What the warps of a block tell each other in a round: highest scores, and weights (MMA_ROWS,ROUND), of ROUND_KEYS at most.
 typedef struct Round { float top[MMA_ROWS][DECODE_WARPS]; uint4 weights[MMA_ROWS * ROUND_KEYS / 8]; } Round;
 
-// A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. left: where they are left, or NULLs.
 // d (16,8) = queries (16,D) · a tile of 8 keys, turned: two sums side by side, which need not wait for each other.
 template <int D>
 __device__ static inline void half_tile_times_turned(float d[4], bf16 *queries, bf16 *tile) {
+    static_assert(D % 32 == 0, "steps go in pairs");
     float odd[4] = {0};
     #pragma unroll
     for (int step = 0; step < D / 16; step += 2) {
@@ -1330,6 +1331,7 @@ __device__ static inline void half_tile_times_turned(float d[4], bf16 *queries, 
     for (int e = 0; e < 4; e++) d[e] += odd[e];
 }
 
+// A block goes through its keys. Weights are rounded before they are summed, so that they come up to 1. left: where those of whole tiles are left, or NULLs.
 template <int D, int DV, int TILE = TILE_KEYS>
 __device__ static inline void attend_keys(BlockSums<DV> *y, bf16 *ring, Round *round, const BlockKeys *x, bf16 *queries, HeadWeights left) {
     typedef KeyRing<D, DV, TILE> R;
@@ -1539,9 +1541,9 @@ __device__ static inline float lse_of_shares(const Shares *parts, SharesOfRow x,
     return highest + log2f(total);
 }
 
-// Weights of a warp's next TILES_AHEAD tiles of compressed keys, up to the last one, in MMA_ROWS heads.
+// Weights in MMA_ROWS heads of a warp's next TILES_AHEAD tiles of compressed keys, where there are so many from the first of them to the last one of all warps.
 typedef struct AskedTiles { uint4 of[TILES_AHEAD]; float top[TILES_AHEAD]; } AskedTiles;
-__device__ static inline HeadWeights weights_of_tile(const AttendCall *a, int list, int group, int tile) {      // and a lane's of it
+__device__ static inline HeadWeights weights_of_tile(const AttendCall *a, int list, int group, int tile) {      // where a lane's stand
     const HeadWeights from = weights_of(&a->heads, list * head_groups(a->s.G) + group, weight_tiles(a->cache.branch[CMP].slots));
     const HeadWeights x = {from.of + (int64_t)tile * TILE_CHUNKS + lane(), from.top + (int64_t)tile * MMA_ROWS + lane() % MMA_ROWS};
     return x;
@@ -1828,7 +1830,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
     team_begin(arrived, bytes);
     const int blocks = a.input->blocks, each = a.input->each, visible = a.input->of[CMP].keys, last = blocks - sel->n_local, first = sel->n_init + member * each, own = min32(first + each, last) - first;
     const int compressed = a.input->of[CMP].splits, shares = compressed + a.input->of[WIN].splits;
-    // What the next kernel's blocks ask for is in the way of what this one asks for first, unless it is a round each
+    // What the next kernel's blocks ask for is in the way of what this one asks for first, unless it is little: found with attention alone, where the next ones are
+    // fast_attend_kernel's and have a round each (dev/cuda/decode)
     const int next_at_once = a.input->of[CMP].share <= ROUND_KEYS;
     const Stretch all = {0, a.input->of[SLC].keys};
     bf16 *ring = (bf16 *)fast_shared;
@@ -1919,7 +1922,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
 // Compression in one launch: the linear map of `flat`, x (members,l·D) · weight (outputs,l·D)ᵀ, for up to MMA_ROWS members of a set. MLP: the first layer, of which
 // a block of threads has FAST_OUTPUTS outputs; the last block to be done with its own makes the second layer. Else the convolution: as many outputs of the lower half
 // and those that lie half of all further, which RoPE turns together. Warps share K, in steps. Weights of the first steps wait in shared memory for what token_kernel flattens.
-enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_STEPS = 16, AT_ONCE = 8 };
+enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_ROUND = DECODE_WARPS * FAST_STEP, FAST_STEPS = 16, AT_ONCE = 8 };
 
 // Eight numbers at x, and so often `stride` further, as many times as there are, else zeros; they need not be aligned. All are asked for before one is used.
 __device__ static inline void load_eights(uint4 x[AT_ONCE], const bf16 *from, int stride, int count, int aligned) {
@@ -1977,6 +1980,7 @@ __device__ static inline void second_layer(const CompressStep<bf16> *a, int v, i
 template <int MLP>
 __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
     constexpr int HALVES = MLP ? 1 : 2;
+    static_assert(FAST_STEPS / HALVES % AT_ONCE == 0, "weights of steps at once wait all, or none does");
     __shared__ float sums[DECODE_WARPS][MMA_ROWS][HALVES * FAST_OUTPUTS];
     __shared__ int is_last;
     extern __shared__ uint4 fast_shared[];      // weights (FAST_STEPS,threads)
@@ -1989,7 +1993,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
     let_next_come();
     #pragma unroll 4
     for (int i = 0; i < early * HALVES; i++) {
-        const int k = k0 + i / HALVES * DECODE_THREADS;
+        const int k = k0 + i / HALVES * FAST_ROUND;
         if (k < K) cp_async_16(fast_shared + i * DECODE_THREADS + threadIdx.x, weight + ((int64_t)(i % HALVES * half) + low) * K + k, 16);
     }
     cp_async_commit();
@@ -2000,15 +2004,15 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressS
     if (!there) return;
     cp_async_wait<0>();         // a lane's own, so that warps need not meet
     float d[HALVES][4] = {{0}};
-    const int all = k0 < K ? (K - k0 + DECODE_THREADS - 1) / DECODE_THREADS : 0;
+    const int all = k0 < K ? (K - k0 + FAST_ROUND - 1) / FAST_ROUND : 0;
     #pragma unroll 1
     for (int step = 0; step < all; step += AT_ONCE) {
         uint4 x[AT_ONCE], y[AT_ONCE], w[AT_ONCE];
-        load_eights(x, flat + step * DECODE_THREADS, DECODE_THREADS, low < rows ? all - step : 0, 1);
-        load_eights(y, flat + 8 * K + step * DECODE_THREADS, DECODE_THREADS, low + 8 < rows ? all - step : 0, 1);
+        load_eights(x, flat + step * FAST_ROUND, FAST_ROUND, low < rows ? all - step : 0, 1);
+        load_eights(y, flat + 8 * K + step * FAST_ROUND, FAST_ROUND, low + 8 < rows ? all - step : 0, 1);
         #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-            if (step >= early) load_eights(w, weight + (int64_t)(h * half + low) * K + k0 + step * DECODE_THREADS, DECODE_THREADS, all - step, aligned);
+            if (step >= early) load_eights(w, weight + (int64_t)(h * half + low) * K + k0 + step * FAST_ROUND, FAST_ROUND, all - step, aligned);
             #pragma unroll
             for (int n = 0; n < AT_ONCE; n++)
                 if (step + n < all) mma_of_eights(d[h], x[n], y[n], step < early ? fast_shared[((step + n) * HALVES + h) * DECODE_THREADS + threadIdx.x] : w[n]);
@@ -2397,7 +2401,7 @@ static int full_rounds(int splits, int64_t keys) {
 
 // Kernels that share a multiprocessor must have divided its memory alike, between the cache and what is shared: else one waits for the other's end.
 template <typename Kernel>
-static void allow_rings(Kernel *kernel, int64_t bytes) {
+static void allow_all_shared(Kernel *kernel, int64_t bytes) {
     allow_shared(kernel, bytes, FAST_NAME, FAST_FIX);
     CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
@@ -2416,7 +2420,7 @@ static int teams_at_once(TeamPlan *plan, int D) {
     const int64_t half = (int64_t)gpu.sharedMemPerMultiprocessor / 2 - (int64_t)compiled.sharedSizeBytes - (int64_t)gpu.reservedSharedMemPerBlock + (int64_t)sizeof(float4);
     plan->bytes = (int)max64(plan->bytes, half);
     if (plan->bytes > (int64_t)gpu.sharedMemPerBlockOptin - (int64_t)compiled.sharedSizeBytes) return 0;
-    allow_rings(kernel, plan->bytes);
+    allow_all_shared(kernel, plan->bytes);
     if (!clusters) return gpu.multiProcessorCount;
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = launch_config(attributes, NULL, dim3(1, (unsigned)plan->team), DECODE_THREADS, plan->bytes, plan->team);
@@ -2436,7 +2440,7 @@ static TeamPlan choose_team(const DecodeShape *s, int64_t blocks) {
         const double time = at_once > 0 ? time_of_shares((int64_t)s->rows * s->KV, at_once, team, TEAM_COST) : INFINITY;
         if (time < least) least = time, best = plan;
     }
-    if (best.team) allow_rings(selected_kernel_of(s->D, best.tile), best.bytes);
+    if (best.team) allow_all_shared(selected_kernel_of(s->D, best.tile), best.bytes);
     return best;
 }
 
@@ -2484,9 +2488,9 @@ void decoder_open(Decoder *d) {
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (tier_of_model(c) == TIER_SIMPLE) return;
-    allow_rings(dense_kernel_of(s.D), ring_bytes(s.D));
-    allow_rings(fast_compress_kernel<0>, fast_compress_bytes());
-    allow_rings(fast_compress_kernel<1>, fast_compress_bytes());
+    allow_all_shared(dense_kernel_of(s.D), ring_bytes(s.D));
+    allow_all_shared(fast_compress_kernel<0>, fast_compress_bytes());
+    allow_all_shared(fast_compress_kernel<1>, fast_compress_bytes());
 }
 
 static void drop_graphs(Working *w) {

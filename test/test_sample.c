@@ -196,7 +196,7 @@ static const Case bf16_cases[] = {
     {"D = 128", "--head-dim 128 --heads 3 --kv-heads 1 --compress grouped_mlp --gate q_cond"},
     {"D = 128, hybrid", "--head-dim 128 --heads 2 --kv-heads 2 --full-layers 1 --gate static"},
     {"D = 192 and 128", "--head-dim 192 --v-head-dim 128 --heads 4 --kv-heads 2"},
-    {"D = 64, many lists", "--head-dim 64 --heads 7 --kv-heads 7"},
+    {"D = 64, many lists", "--head-dim 64 --heads 17 --kv-heads 17"},
     {"D = 128, long blocks", "--head-dim 128 --cmp-block 48 --cmp-stride 16 --sel-block 48"},
     {"D = 64, long blocks, convolution", "--head-dim 64 --compress conv1d --cmp-block 48 --cmp-stride 16 --sel-block 48"},
 };
