@@ -778,10 +778,15 @@ struct CompressStep {
     int *done;                          // (2,sets,members by MMA_ROWS): blocks of threads that are done with their part, of the fast tier; 0 before and after
 };
 
-// The n-th THREADS numbers of both `flat`: the tokens of the block that wait in the tail, and the newest, which is in `wide`, with their positions.
+// How many blocks of threads flatten the block of one list, of k or of v, and of all.
+template <typename F>
+DEVICE static inline int64_t flat_parts(const CompressStep<F> *a) { return (a->block * (int64_t)max32(a->width[0], a->width[1]) + THREADS - 1) / THREADS; }
+template <typename F>
+static int64_t flatten_blocks(const CompressStep<F> *a) { return 2 * (int64_t)a->sets * a->members * flat_parts(a); }
+// The n-th THREADS numbers of both `flat`, (l,D) a list: the tokens of the block that wait in the tail, and the newest, which is in `wide`, with their positions.
 template <typename F>
 __device__ static inline void flatten(const CompressStep<F> *a, const TokenCall *token, int64_t n) {
-    const int64_t each = (a->block * (int64_t)max32(a->width[0], a->width[1]) + blockDim.x - 1) / blockDim.x, place = n / 2 / each, i = n / 2 % each * blockDim.x + threadIdx.x;
+    const int64_t parts = flat_parts(a), place = n / 2 / parts, i = n / 2 % parts * THREADS + threadIdx.x;
     const int v = (int)(n % 2), D = a->width[v];
     if (i >= (int64_t)a->block * D) return;
     const int64_t set = place / a->members, m = place % a->members, row = a->sets > 1 ? m : m / a->KV, kv = a->sets > 1 ? set : m % a->KV;
@@ -789,10 +794,8 @@ __device__ static inline void flatten(const CompressStep<F> *a, const TokenCall 
     const F x = newest ? (F)token->wide[row * token->row.size + (v ? token->row.v : token->row.k)[CMP] + kv * D + i % D] : ((const F *)a->cache.tail[v])[(at * a->KV + kv) * D + i % D];
     a->flat[v][place * a->block * D + i] = (F)((float)x + (a->weights[v].pos ? a->weights[v].pos[i] : 0));
 }
-template <typename F>
-static int64_t flatten_blocks(const CompressStep<F> *a) { return 2 * (int64_t)a->sets * a->members * grid(a->block * (int64_t)max32(a->width[0], a->width[1]), THREADS); }
 
-// A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches. Those behind flatten what the token completes.
+// A block of threads a row of `wide`: gates from q as it is, then q turned in place, keys and values into their caches. Those behind flatten what the token completes. grid: rows, then flatten_blocks
 template <typename F>
 __global__ void token_kernel(TokenCall a, CompressStep<F> completed) {
     wait_for_previous();
@@ -883,8 +886,9 @@ __device__ static inline void cache_compressed(const CompressStep<F> *a, int v, 
     const int64_t list = a->sets > 1 ? (int64_t)m * a->KV + set : m, slot = a->input->of[CMP].keys - 1;
     const float cosine = v ? 1 : a->angles[D + c], sine = v ? 0 : a->angles[D + half + c];
     F *to = (F *)(v ? a->cache.branch[CMP].v : a->cache.branch[CMP].k) + (list * a->cache.branch[CMP].slots + slot) * D;
-    to[c] = (F)(y * cosine - z * sine);
-    if (both) to[c + half] = (F)(z * cosine + y * sine);
+    const float2 turned = turned_pair(y, z, cosine, sine);
+    to[c] = (F)turned.x;
+    if (both) to[c + half] = (F)turned.y;
 }
 
 // A warp makes the two channels that RoPE turns together, for all members of a set.
@@ -1947,7 +1951,7 @@ __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const 
     mma_16816(d, a[1], b[1]);
 }
 
-// The second layer for members m0 .. m0+rows-1 of a set, from `hidden` into the cache: a warp has FAST_OUTPUTS channels of the lower half and those that turn with them.
+// The second layer for members m0 .. m0+rows-1 of a set, hidden (members,2D) · fc2 (D,2D)ᵀ, into the cache: a warp has FAST_OUTPUTS channels of the lower half and those that turn with them.
 __device__ static inline void second_layer(const CompressStep<bf16> *a, int v, int set, int m0, int rows) {
     const int D = a->width[v], half = D / 2, low = lane() / 4;
     const bf16 *hidden = a->hidden[v] + ((int64_t)set * a->members + m0) * 2 * D, *weight = a->matrices[v].fc2 + (int64_t)set * D * 2 * D;
@@ -1977,6 +1981,7 @@ __device__ static inline void second_layer(const CompressStep<bf16> *a, int v, i
     }
 }
 
+// grid: outputs by FAST_OUTPUTS, (2,sets), members by MMA_ROWS
 template <int MLP>
 __global__ void __launch_bounds__(DECODE_THREADS) fast_compress_kernel(CompressStep<bf16> a) {
     constexpr int HALVES = MLP ? 1 : 2;

@@ -1163,11 +1163,13 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
     return heads->at[i] + (int64_t)h * d;
 }
 
+// A pair (a, b) of channels turned by an angle; -sine turns back.
+__device__ static inline float2 turned_pair(float a, float b, float cosine, float sine) { return make_float2(a * cosine - b * sine, b * cosine + a * sine); }
+
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
 // `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
 // (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ..., of which it asks for ROPE_HEADS at once.
 enum { ROPE_HEADS = 4 };
-__device__ static inline float2 turned_pair(float a, float b, float cosine, float sine) { return make_float2(a * cosine - b * sine, b * cosine + a * sine); }
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
     const int half = d / 2;
