@@ -113,8 +113,9 @@ static void time_core(Model *m, int layer, int64_t T) {
     bf16 *wide = (bf16 *)device_malloc(bytes);
     device_copy(wide, a->wide, bytes);
     fill_normal(net<bf16>.work.dattention, dn, 5);
-    const double forward = median_ms(11, [&] { device_copy(a->wide, wide, bytes); }, [&] { gpu_attention_core_forward<bf16>(m->twin, layer, 1, T); });
-    const double backward = median_ms(11, [&] { gpu_attention_core_backward<bf16>(m->twin, layer, 1, T); });
+    const int runs = T <= 262144 ? 11 : 3;     // seconds each
+    const double forward = median_ms(runs, [&] { device_copy(a->wide, wide, bytes); }, [&] { gpu_attention_core_forward<bf16>(m->twin, layer, 1, T); });
+    const double backward = median_ms(runs, [&] { gpu_attention_core_backward<bf16>(m->twin, layer, 1, T); });
     printf("%s T=%" PRId64 " H=%d KV=%d D=%d/%d: forward %.3f ms, backward %.3f ms, on %s\n", layer_is_full(c, layer) ? "full" : "nsa", T, c->num_attention_heads, c->num_key_value_heads,
            c->head_dim, c->v_head_dim, forward, backward, gpu.name);
     if (!layer_is_full(c, layer)) print_sharing(a->block_idx, T, c->num_key_value_heads, c->sel_blocks, c->sel_block);
@@ -132,6 +133,7 @@ static int bench_random(int64_t T, int H, int KV, int D, int full) {
     device_store(&m);
     device_zero_grads(&m);
     fill_normal(net<bf16>.acts[0].wide, n, 7);
+    printf("memory %.3f GB, with all that its backward pass needs: ", (double)device_bytes(&c, 1, T, 0, 1, NULL) / 1e9);
     time_core(&m, 0, T);
     device_free(&m);
     model_free(&m);
