@@ -2774,15 +2774,40 @@ typedef struct Candidate { real logit; int id; } Candidate;
 // The likelier one; of equals the one with the lower number.
 static inline int comes_before(Candidate a, Candidate b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
 
-// heap[at] sinks below everything that comes before it.
-void heap_sink(Candidate *heap, int64_t n, int64_t at) {
+// heap[at] sinks below all that comes before it, or, with the last one up, below all that it comes before.
+static void heap_sink(Candidate *heap, int64_t n, int64_t at, int last_up) {
     const Candidate x = heap[at];
     for (int64_t child; (child = 2 * at + 1) < n; at = child) {
-        if (child + 1 < n && comes_before(heap[child + 1], heap[child])) child++;
-        if (!comes_before(heap[child], x)) break;
+        if (child + 1 < n && comes_before(heap[child + 1], heap[child]) != last_up) child++;
+        if (comes_before(heap[child], x) == last_up) break;
         heap[at] = heap[child];
     }
     heap[at] = x;
+}
+
+static void heap_make(Candidate *heap, int64_t n, int last_up) {
+    for (int64_t i = n / 2; i-- > 0;) heap_sink(heap, n, i, last_up);
+}
+
+// The k likeliest tokens, the likeliest first. One pass, with the k best so far in a heap whose last one is up: few of a vocabulary's tokens ever come before it.
+static void likeliest_tokens(Candidate *best, const real *logits, int V, int64_t k) {
+    for (int v = 0; v < k; v++) {
+        best[v].logit = logits[v];
+        best[v].id = v;
+    }
+    heap_make(best, k, 1);
+    for (int v = (int)k; v < V; v++) {
+        if (logits[v] <= best[0].logit) continue;       // an equal one comes behind it, too
+        best[0].logit = logits[v];
+        best[0].id = v;
+        heap_sink(best, k, 0, 1);
+    }
+    for (int64_t n = k; n-- > 1;) {
+        const Candidate last = best[0];
+        best[0] = best[n];
+        heap_sink(best, n, 0, 1);
+        best[n] = last;
+    }
 }
 
 // What a logit weighs in the softmax, before it is divided by the sum.
@@ -2791,47 +2816,46 @@ static inline double softmax_weight(real logit, real top, double temp) { return 
 // Draws from softmax(logits / temp), of which only the top_k likeliest tokens stay (0: all), and of these only the fewest
 // that hold top_p of what they weigh together. temp 0 takes the likeliest. heap: memory for V candidates.
 int draw_token(const real *logits, int V, double temp, int64_t top_k, double top_p, Rng *rng, Candidate *heap) {
-    int best = 0, finite = 1;
-    for (int v = 0; v < V; v++) {
-        finite &= isfinite(logits[v]) != 0;
-        if (logits[v] > logits[best]) best = v;
-    }
+    int finite = 1;
+    for (int v = 0; v < V; v++) finite &= isfinite(logits[v]) != 0;
     if (!finite) die(1, "the model's logits are not finite: its weights are broken");
-    if (temp <= 0) return best;
-    const real top = logits[best];
-    const int64_t most = top_k > 0 && top_k < V ? top_k : V;
-    int64_t kept = 0, left = V;     // candidates in the heap; those taken from it stand behind, the last one first
+    const int64_t k = top_k > 0 && top_k < V ? top_k : V;
+    likeliest_tokens(heap, logits, V, temp > 0 && k < V ? k : 1);
+    const Candidate best = heap[0];
     double total = 0, mass = 0;
-    for (int v = 0; v < V; v++) {
-        heap[v].logit = logits[v];
-        heap[v].id = v;
-    }
-    if (most == V && top_p >= 1) {  // everything stays: the order does not matter
-        for (int v = 0; v < V; v++) total += softmax_weight(logits[v], top, temp);
+    int64_t kept = 0;
+    if (temp <= 0) return best.id;
+    if (k == V && top_p >= 1) {     // everything stays: the order does not matter, and the heap's place is for weights
+        for (int v = 0; v < V; v++) total += heap[v].logit = (real)softmax_weight(logits[v], best.logit, temp);
         double x = rng_uniform(rng) * total;
         for (int v = 0; v < V; v++)
-            if ((x -= softmax_weight(logits[v], top, temp)) < 0) return v;
-        return best;
+            if ((x -= heap[v].logit) < 0) return v;
+        return best.id;
     }
-    for (int64_t i = V / 2; i-- > 0;) heap_sink(heap, V, i);
-    if (most == V)
-        for (int v = 0; v < V; v++) total += softmax_weight(logits[v], top, temp);
-    while (kept < most && (most < V || kept == 0 || mass < top_p * total)) {
-        const Candidate next = heap[0];
-        heap[0] = heap[--left];
-        heap_sink(heap, left, 0);
-        heap[left] = next;
-        kept++;
-        mass += softmax_weight(next.logit, top, temp);
-    }
-    if (most < V) {                 // top_p of what top_k has left
-        total = mass;
-        for (kept = 0, mass = 0; kept == 0 || (kept < most && mass < top_p * total); kept++) mass += softmax_weight(heap[V - 1 - kept].logit, top, temp);
+    if (k < V) {                    // top_p of what top_k has left
+        for (int64_t i = 0; i < k; i++) total += softmax_weight(heap[i].logit, best.logit, temp);
+        for (; kept == 0 || (kept < k && mass < top_p * total); kept++) mass += softmax_weight(heap[kept].logit, best.logit, temp);
+    } else {                        // no more are sorted than stay: they stand behind the heap, the likeliest last
+        for (int v = 0; v < V; v++) {
+            heap[v].logit = logits[v];
+            heap[v].id = v;
+            total += softmax_weight(logits[v], best.logit, temp);
+        }
+        heap_make(heap, V, 0);
+        for (int64_t left = V; kept == 0 || (left > 0 && mass < top_p * total); kept++) {
+            const Candidate next = heap[0];
+            heap[0] = heap[--left];
+            heap_sink(heap, left, 0, 0);
+            heap[left] = next;
+            mass += softmax_weight(next.logit, best.logit, temp);
+        }
     }
     double x = rng_uniform(rng) * mass;
-    for (int64_t i = 0; i < kept; i++)
-        if ((x -= softmax_weight(heap[V - 1 - i].logit, top, temp)) < 0) return heap[V - 1 - i].id;
-    return best;
+    for (int64_t i = 0; i < kept; i++) {
+        const Candidate next = heap[k < V ? i : V - 1 - i];
+        if ((x -= softmax_weight(next.logit, best.logit, temp)) < 0) return next.id;
+    }
+    return best.id;
 }
 
 // ----------------------------------------------------------------------------
@@ -3045,9 +3069,11 @@ void write_tokens(Sampler *s, const real *logits, int64_t n) {
             logits = decoder_step(&s->decoder, s->next);
             s->steps++;
         }
+        #pragma omp parallel for if (o->batch > 1)
+        for (int r = 0; r < o->batch; r++)
+            if (!s->ended[r]) s->next[r] = draw_token(logits + (int64_t)r * V, V, o->temp, o->top_k, o->top_p, &s->rng[r], s->heap + (int64_t)r * V);
         for (int r = 0; r < o->batch; r++) {
             if (s->ended[r]) continue;      // its token is computed on, and thrown away
-            s->next[r] = draw_token(logits + (int64_t)r * V, V, o->temp, o->top_k, o->top_p, &s->rng[r], s->heap);
             s->ended[r] = s->next[r] == s->config.eos_token_id;
             writing -= s->ended[r];
             if (!s->ended[r]) write_token(s, r, s->next[r]);
@@ -3124,7 +3150,7 @@ void sampler_create(Sampler *s) {
     if (o->seed < 0) o->seed = ((int64_t)time(NULL) << 20 ^ (int64_t)getpid()) & INT32_MAX;
     decoder_create(&s->decoder, &s->model, o->batch);
     const size_t rows = (size_t)o->batch;
-    s->heap = (Candidate *)xmalloc((size_t)s->config.vocab_size * sizeof(Candidate));
+    s->heap = (Candidate *)xmalloc(rows * (size_t)s->config.vocab_size * sizeof(Candidate));
     s->rng = (Rng *)xcalloc(rows, sizeof(Rng));
     s->next = (int *)xcalloc(rows, sizeof(int));
     s->ended = (unsigned char *)xcalloc(rows, 1);

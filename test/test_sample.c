@@ -314,6 +314,18 @@ void test_drawing(void) {
         check(!outside && chi < freedom + 6 * sqrt(2.0 * freedom) + 6, "temp %g top-k %d top-p %g: %d outside, chi-square %.1f with %d degrees", how[h].temp,
               how[h].top_k, how[h].top_p, outside, chi, freedom);
     }
+    // Of a vocabulary as large as they are, all tokens above the k-th likeliest and no other: at such a temperature each comes 40 times on average, and never with
+    // a probability of e^-40.
+    enum { MANY = 5000, K = 25 };
+    static real large[MANY];
+    static Candidate place[MANY];
+    static int times[MANY];
+    Rng many = {7, 7, 0};
+    for (int v = 0; v < MANY; v++) large[v] = (real)(v * 7919 % MANY) / MANY;       // a permutation
+    for (int i = 0; i < 40 * K; i++) times[draw_token(large, MANY, 1e3, K, 1, &many, place)]++;
+    int wrong = 0;
+    for (int v = 0; v < MANY; v++) wrong += (times[v] > 0) != (v * 7919 % MANY >= MANY - K);
+    check(!wrong, "top-k %d of %d tokens: %d are wrong", K, MANY, wrong);
     Rng rng = {1, 2, 3};
     check(draw_token(logits, DRAWN, 0, 0, 1, &rng, heap) == 1 && rng.counter == 3, "temperature 0 takes the lower of two likeliest");
     check(draw_token(logits, DRAWN, 1, 1, 1, &rng, heap) == 1, "so does top-k 1");
