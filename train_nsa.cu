@@ -1165,6 +1165,11 @@ __device__ static inline int64_t head_place(const Heads *heads, int h, int d) {
 
 // A pair (a, b) of channels turned by an angle; -sine turns back.
 __device__ static inline float2 turned_pair(float a, float b, float cosine, float sine) { return make_float2(a * cosine - b * sine, b * cosine + a * sine); }
+// The pairs (a.x, b.x) and (a.y, b.y), of neighbouring channels.
+__device__ static inline void turn_back(float2 *a, float2 *b, float2 cosine, float2 sine) {
+    const float2 x = turned_pair(a->x, b->x, cosine.x, -sine.x), y = turned_pair(a->y, b->y, cosine.y, -sine.y);
+    *a = make_float2(x.x, y.x), *b = make_float2(x.y, y.y);
+}
 
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
 // `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
@@ -2040,6 +2045,7 @@ __device__ static inline int64_t place_of_row(const FastRows *x, int row, const 
 // Where row i lies, and whether it is one.
 __device__ static inline int64_t place_of(const FastRows *x, int i, const AttentionShape *s) { return place_of_row(x, row_at(x, i), s); }
 __device__ static inline int is_row(const FastRows *x, int i) { return x->first + i <= x->last; }
+__device__ static inline int token_of(const FastRows *x, int i, const AttentionShape *s) { return row_at(x, i) / (s->H / s->KV); }     // of its text
 
 // The two rows of a lane, at x + place(row)·row_size, as left factors of W columns.
 template <int W>
@@ -2732,21 +2738,27 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
     }
 }
 
-// dk, dv of the tiles that were cut: their parts in order. Four blocks a tile, a thread 8 numbers.
-__global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *partial, const int *slot, int most, Mask mask, AttentionShape s, Takers takers) {
-    const int first = slot[blockIdx.x], last = slot[blockIdx.x + 1], wide = s.D + s.Dv, keys = tile_keys(most, &mask);
+// dk, dv of the tiles that were cut: their parts in order. Four blocks a tile, a thread 8 numbers of dv or 8 of each half of dk, which with angles are turned back.
+__global__ void fast_add_parts_kernel(bf16 *dk, bf16 *dv, const float *angles, const float *partial, const int *slot, int most, Mask mask, AttentionShape s, Takers takers) {
+    const int first = slot[blockIdx.x], last = slot[blockIdx.x + 1], wide = s.D + s.Dv, keys = tile_keys(most, &mask), pairs = s.D / 16, each = pairs + s.Dv / 8;
     if (first == last) return;
     const KeyTile x = key_tile_at(blockIdx.x, most, &mask, &s, &takers);
-    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < x.count * (wide / 8); i += gridDim.y * blockDim.x) {
-        const int row = i / (wide / 8), c = i % (wide / 8) * 8;
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < x.count * each; i += gridDim.y * blockDim.x) {
+        const int row = i / each, at = i % each, is_dk = at < pairs, c = is_dk ? at * 8 : s.D + (at - pairs) * 8;
         const int64_t token = x.b * s.Tk + x.k0 + row;
-        float sum[8] = {0};
-        for (int part = first; part < last; part++) {
-            const float4 *from = (const float4 *)(partial + (part * (int64_t)keys + row) * wide + c), a = from[0], b = from[1];
-            sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w, sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
-        }
-        const uint4 result = make_uint4(two_bf16(sum[0], sum[1]), two_bf16(sum[2], sum[3]), two_bf16(sum[4], sum[5]), two_bf16(sum[6], sum[7]));
-        *(uint4 *)(c < s.D ? dk + token * s.k_row + x.kv * s.D + c : dv + token * s.v_row + x.kv * s.Dv + c - s.D) = result;
+        float2 sum[2][4] = {};
+        for (int part = first; part < last; part++)
+            for (int half = 0; half <= is_dk; half++) {
+                const float4 *from = (const float4 *)(partial + (part * (int64_t)keys + row) * wide + c + half * s.D / 2), a = from[0], b = from[1];
+                sum[half][0].x += a.x, sum[half][0].y += a.y, sum[half][1].x += a.z, sum[half][1].y += a.w;
+                sum[half][2].x += b.x, sum[half][2].y += b.y, sum[half][3].x += b.z, sum[half][3].y += b.w;
+            }
+        const float2 *of_key = is_dk && angles ? (const float2 *)(angles + (x.k0 + row) * s.D + c) : NULL;
+        for (int j = 0; j < 4 && of_key; j++) turn_back(&sum[0][j], &sum[1][j], of_key[j], of_key[s.D / 4 + j]);
+        bf16 *to = is_dk ? dk + token * s.k_row + x.kv * s.D + c : dv + token * s.v_row + x.kv * s.Dv + c - s.D;
+        for (int half = 0; half <= is_dk; half++)
+            *(uint4 *)(to + half * s.D / 2) = make_uint4(two_bf16(sum[half][0].x, sum[half][0].y), two_bf16(sum[half][1].x, sum[half][1].y), two_bf16(sum[half][2].x, sum[half][2].y),
+                                                         two_bf16(sum[half][3].x, sum[half][3].y));
     }
 }
 
@@ -2855,7 +2867,7 @@ static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
         dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, queues, partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, queues);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, (const float *)NULL, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, queues);
     LAUNCHED();
 }
 
@@ -3636,6 +3648,7 @@ struct GroupRows {
     __device__ unsigned queries(int lower) const { return (unsigned)same_in_warp((int)(~0u << query(8 * lower) & ~0u >> (WARP - 1 - query(8 * lower + 7)))); }
 };
 HOPPER_DEVICE static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
+HOPPER_DEVICE static inline int token_of(const GroupRows *x, int i, const AttentionShape *) { return x->token(i); }
 HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
     return (x->b * s->T + x->token(i)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
 }
@@ -4042,8 +4055,10 @@ static void hopper_attention_forward(bf16 *out, float *lse, const bf16 *q, const
 typedef float2 RowStats;
 __device__ static inline RowStats row_stats(float lse, float gate, float y) { return make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E - log2f(gate), y); }
 
-// Where dq goes as a whole when its last part is made: turned back by RoPE, its rows `row` numbers apart. `angles` is rope_kernel's table from the first query on.
-template <typename F> struct TurnedDq { F *to; int64_t row; const float *angles; };
+// What is turned back by RoPE as it is made. dq, when its last part or its only one is made, as a whole: it goes there, in rows `row` numbers apart. dk where it lies.
+// The angles are rope_kernel's table from the first query and from the first key on; NULL: dk stays as it is.
+template <typename F> struct TurnedBack { F *dq; int64_t row; const float *angles, *key_angles; };
+static TurnedBack<bf16> turned_or_none(const TurnedBack<bf16> *turned) { return turned ? *turned : TurnedBack<bf16>{NULL, 0, NULL, NULL}; }
 
 // Another branch, whose part of dq is made in one go with that of the one at hand.
 template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v; Mask mask; AttentionShape s; };
@@ -4051,6 +4066,35 @@ template <typename F> struct OtherBranch { const RowStats *stats; const F *k, *v
 // The branches whose part of dq is made in one go: their keys and values, the stats of the rows in them. They differ in the mask and in the shape's keys.
 typedef struct DqBranch { CUtensorMap k, v; Mask mask; AttentionShape s; const RowStats *stats; } DqBranch;
 typedef struct DqKeys { DqBranch of[2]; int count; } DqKeys;
+
+// As store_dq where these are the last part: what is at dq, if anything, and sum·scale together, turned back.
+template <int D, typename Rows>
+__device__ static inline void store_turned_dq(const TurnedBack<bf16> *turned, const float *dq, int accumulate, const float (*sum)[4], float scale, const Rows *rows, const AttentionShape *s) {
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = lane() / 4 + i * 8, there = is_row(rows, row);
+        const int64_t place = place_of(rows, row, s);
+        const float *before = dq + place * D + lane() % 4 * 2, *angles = turned->angles + (int64_t)token_of(rows, row, s) * D + lane() % 4 * 2;
+        bf16 *to = turned->dq + place / s->H * turned->row + place % s->H * D + lane() % 4 * 8;
+        #pragma unroll
+        for (int m = 0; m < D / 64; m++) {
+            unsigned first[4], second[4];       // of the pairs (c, c + D/2), 32 at a time
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int n = m * 4 + j, half = D / 2;
+                const float2 a0 = accumulate ? *(const float2 *)(before + n * 8) : make_float2(0, 0), b0 = accumulate ? *(const float2 *)(before + n * 8 + half) : make_float2(0, 0);
+                const float2 cosine = *(const float2 *)(angles + n * 8), sine = *(const float2 *)(angles + n * 8 + half);
+                const float *a1 = sum[n] + i * 2, *b1 = sum[n + D / 16] + i * 2;
+                float2 a = make_float2(a0.x + a1[0] * scale, a0.y + a1[1] * scale), b = make_float2(b0.x + b1[0] * scale, b0.y + b1[1] * scale);
+                turn_back(&a, &b, cosine, sine);
+                first[j] = two_bf16(a.x, a.y);
+                second[j] = two_bf16(b.x, b.y);
+            }
+            const uint4 low = eight_of_row(first), high = eight_of_row(second);
+            if (there) *(uint4 *)(to + m * 32) = low, *(uint4 *)(to + m * 32 + D / 2) = high;
+        }
+    }
+}
 
 // dq, as fast_dq_kernel. The products of a tile follow those of the one before without a gap. (Queries and dout as left factors in registers would
 // spare shared memory half its work, but ptxas 13.0 gives such registers, live through the whole loop, to the slopes as well.)
@@ -4062,7 +4106,7 @@ struct HopperDq {
 
 template <int D, int DV, int KEYS>
 __global__ void __launch_bounds__(HopperDq<D, DV, KEYS>::THREADS, 1)
-hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ DqKeys keys) {
+hopper_dq_kernel(float *dq, int accumulate, TurnedBack<bf16> turned, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ DqKeys keys) {
     #if HOPPER_CODE
     typedef HopperDq<D, DV, KEYS> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, STAGES = Plan::STAGES;
@@ -4158,37 +4202,10 @@ hopper_dq_kernel(float *dq, int accumulate, const __grid_constant__ CUtensorMap 
         let_go(q_empty);
         q_ring.next();
 
-        store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
+        if (turned.dq) store_turned_dq<D>(&turned, dq, accumulate, sum, scale, &rows, &s);
+        else store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
-}
-
-// The end of a warp's rows where these are the last part: what is at dq and sum·scale together, turned back.
-template <int D>
-__device__ static inline void store_turned_dq(const TurnedDq<bf16> *turned, const float *dq, const float (*sum)[4], float scale, const GroupRows *rows, const AttentionShape *s) {
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int row = lane() / 4 + i * 8, there = is_row(rows, row);
-        const int64_t place = place_of(rows, row, s);
-        const float *before = dq + place * D + lane() % 4 * 2, *angles = turned->angles + (int64_t)rows->token(row) * D + lane() % 4 * 2;
-        bf16 *to = turned->to + place / s->H * turned->row + place % s->H * D + lane() % 4 * 8;
-        #pragma unroll
-        for (int m = 0; m < D / 64; m++) {
-            unsigned first[4], second[4];       // of the pairs (c, c + D/2), 32 at a time
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int n = m * 4 + j, half = D / 2;
-                const float2 a0 = *(const float2 *)(before + n * 8), b0 = *(const float2 *)(before + n * 8 + half);
-                const float2 cosine = *(const float2 *)(angles + n * 8), sine = *(const float2 *)(angles + n * 8 + half);
-                const float *a1 = sum[n] + i * 2, *b1 = sum[n + D / 16] + i * 2;
-                const float2 x = turned_pair(a0.x + a1[0] * scale, b0.x + b1[0] * scale, cosine.x, -sine.x), y = turned_pair(a0.y + a1[1] * scale, b0.y + b1[1] * scale, cosine.y, -sine.y);
-                first[j] = two_bf16(x.x, y.x);
-                second[j] = two_bf16(x.y, y.y);
-            }
-            const uint4 low = eight_of_row(first), high = eight_of_row(second);
-            if (there) *(uint4 *)(to + m * 32) = low, *(uint4 *)(to + m * 32 + D / 2) = high;
-        }
-    }
 }
 
 // The same with selection, for groups of queries that choose alike, as hopper_selected_forward_kernel.
@@ -4196,7 +4213,7 @@ template <int D, int DV> using SelectedDq = SelectedSlab<D, DV, 3, 2, 1>;
 
 template <int D, int DV>
 __global__ void __launch_bounds__(SelectedDq<D, DV>::THREADS, 1)
-hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, const RowStats *stats, const __grid_constant__ CUtensorMap q_map,
+hopper_selected_dq_kernel(float *dq, int accumulate, TurnedBack<bf16> turned, const RowStats *stats, const __grid_constant__ CUtensorMap q_map,
                           const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s) {
     #if HOPPER_CODE
     constexpr int SLABS = selected_slabs<D>, KEYS = SLAB_ROWS;
@@ -4307,7 +4324,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, TurnedDq<bf16> turned, cons
         wgmma_done<D>(sum);
         let_go(my.k_empty + tile);
         let_go(my.q_empty);
-        if (turned.to) store_turned_dq<D>(&turned, dq, sum, scale, &rows, &s);
+        if (turned.dq) store_turned_dq<D>(&turned, dq, accumulate, sum, scale, &rows, &s);
         else store_dq<D>(dq, accumulate, sum, factors, &rows, &s);
     }
     #endif
@@ -4327,7 +4344,7 @@ template <int D, int DV, int LISTED>
 __global__ void __launch_bounds__(HopperDkv<D, DV, LISTED>::THREADS, 1)
 hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                   const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, Mask mask, AttentionShape s, Takers takers,
-                  float *partial, PartLists lists) {
+                  const float *angles, float *partial, PartLists lists) {
     #if HOPPER_CODE
     typedef HopperDkv<D, DV, LISTED> Plan;
     constexpr int SLABS = Plan::SLABS, ROWS = Plan::ROWS, KEYS = Plan::KEYS, STAGES = Plan::STAGES;
@@ -4578,8 +4595,14 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = mine + lane() / 4 + i * 8;
+        const float *of_key = angles ? angles + (x.k0 + min32(row, count - 1)) * D + lane() % 4 * 2 : NULL;
         #pragma unroll
-        for (int n = 0; n < D / 8; n++) *(unsigned *)(panel_chunk(key_tile, KEYS, row, n) + lane() % 4 * 2) = two_bf16(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
+        for (int n = 0; n < D / 16; n++) {
+            float2 a = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale), b = make_float2(dks[n + D / 16][i * 2] * scale, dks[n + D / 16][i * 2 + 1] * scale);
+            if (angles) turn_back(&a, &b, *(const float2 *)(of_key + n * 8), *(const float2 *)(of_key + n * 8 + D / 2));
+            *(unsigned *)(panel_chunk(key_tile, KEYS, row, n) + lane() % 4 * 2) = two_bf16(a.x, a.y);
+            *(unsigned *)(panel_chunk(key_tile, KEYS, row, n + D / 16) + lane() % 4 * 2) = two_bf16(b.x, b.y);
+        }
         #pragma unroll
         for (int n = 0; n < DV / 8; n++) *(unsigned *)(panel_chunk(value_tile, KEYS, row, n) + lane() % 4 * 2) = two_bf16(dvs[n][i * 2], dvs[n][i * 2 + 1]);
     }
@@ -4599,7 +4622,7 @@ static int hopper_keys(const Mask *mask) { return mask->kind == MASK_SELECTED ? 
 static int64_t hopper_attention_partial(const AttentionShape *s, const Mask *mask) { return max64(takers_scratch(s, mask), parts_numbers(hopper_keys(mask), mask, s)); }
 
 template <int D, int DV, int KEYS>
-static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
+static void hopper_dq_of_shape(float *dq, int accumulate, const TurnedBack<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
                                const AttentionShape *s, const OtherBranch<bf16> *other) {
     typedef HopperDq<D, DV, KEYS> Plan;
     const int64_t bytes = Plan::BYTES + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
@@ -4611,24 +4634,24 @@ static void hopper_dq_of_shape(float *dq, int accumulate, const RowStats *stats,
     DqKeys keys = {{branch(stats, k, v, mask, s)}, other ? 2 : 1};
     if (other) keys.of[1] = branch(other->stats, other->k, other->v, &other->mask, &other->s);
     allow_shared(hopper_dq_kernel<D, DV, KEYS>, bytes, FAST_NAME, FAST_FIX);
-    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, q_map, dout_map, keys);
+    hopper_dq_kernel<D, DV, KEYS><<<row_blocks<Plan::ROWS>(s), Plan::THREADS, (size_t)bytes>>>(dq, accumulate, turned_or_none(turned), q_map, dout_map, keys);
     LAUNCHED();
 }
 
 template <int D, int DV>
-static void hopper_selected_dq_of_shape(float *dq, int accumulate, const TurnedDq<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k,
+static void hopper_selected_dq_of_shape(float *dq, int accumulate, const TurnedBack<bf16> *turned, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k,
                                         const bf16 *v, const Mask *mask, const AttentionShape *s) {
     typedef SelectedDq<D, DV> Plan;
     allow_shared(hopper_selected_dq_kernel<D, DV>, Plan::BYTES, FAST_NAME, FAST_FIX);
     hopper_selected_dq_kernel<D, DV><<<query_group_blocks<Plan::SLABS, 1>(s), Plan::THREADS, (size_t)Plan::BYTES>>>(
-        dq, accumulate, turned ? *turned : TurnedDq<bf16>{NULL, 0, NULL}, stats, group_map(q, D, s->q_row, s), group_map(dout, DV, s->H * DV, s), key_map(k, D, s->k_row, s, Plan::KEYS),
+        dq, accumulate, turned_or_none(turned), stats, group_map(q, D, s->q_row, s), group_map(dout, DV, s->H * DV, s), key_map(k, D, s->k_row, s, Plan::KEYS),
         key_map(v, DV, s->v_row, s, Plan::KEYS), *mask, *s);
     LAUNCHED();
 }
 
 template <int D, int DV, int LISTED>
 static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask,
-                                const AttentionShape *s, const Takers *takers, float *partial) {
+                                const AttentionShape *s, const Takers *takers, const float *key_angles, float *partial) {
     typedef HopperDkv<D, DV, LISTED> Plan;
     const int64_t bytes = Plan::BYTES + Plan::STAGES * (int64_t)sizeof(StageStats) + Plan::BARRIERS * (int64_t)sizeof(uint64_t);
     const int64_t box_rows = LISTED ? s->H / s->KV : Plan::ROWS;
@@ -4639,30 +4662,31 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
     const CUtensorMap k_map = key_map(k, D, s->k_row, s, Plan::KEYS), v_map = key_map(v, DV, s->v_row, s, Plan::KEYS);
     allow_shared(hopper_dkv_kernel<D, DV, LISTED>, bytes, FAST_NAME, FAST_FIX);
     hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, queues,
-                                                                                        partial + parts_header(&p), lists);
+                                                                                        key_angles, partial + parts_header(&p), lists);
     LAUNCHED();
-    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, queues);
+    fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, key_angles, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, queues);
     LAUNCHED();
 }
 
 template <int D, int DV>
 static void hopper_backward_of_shape(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                     const OtherBranch<bf16> *other, const TurnedDq<bf16> *turned) {
+                                     const OtherBranch<bf16> *other, const TurnedBack<bf16> *turned) {
     constexpr int WIDE = D == 64 ? HOPPER_KEYS : 64, NARROW = D == 64 ? NARROW_KEYS : 64;       // keys of a tile of dq: at D=128 there is memory for four stages of 64
     if (dq && mask->kind == MASK_SELECTED && shares_blocks(mask)) hopper_selected_dq_of_shape<D, DV>(dq, accumulate_dq, turned, stats, dout, q, k, v, mask, s);
     else if (dq && mask->kind == MASK_SELECTED) dq_of_shape<D, DV, 1>(dq, accumulate_dq, delta, dout, gate, out, lse, q, k, v, mask, s);
-    else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
-    else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, stats, dout, q, k, v, mask, s, other);
+    else if (dq && narrow_tiles(HopperDq<D, DV, NARROW>::ROWS, mask, s)) hopper_dq_of_shape<D, DV, NARROW>(dq, accumulate_dq, turned, stats, dout, q, k, v, mask, s, other);
+    else if (dq) hopper_dq_of_shape<D, DV, WIDE>(dq, accumulate_dq, turned, stats, dout, q, k, v, mask, s, other);
     if (s->Tk == 0) return;
-    if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
-    else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, partial);
+    const float *key_angles = turned_or_none(turned).key_angles;
+    if (mask->kind == MASK_SELECTED) hopper_dkv_of_shape<D, DV, 1>(dk, dv, stats, dout, q, k, v, mask, s, takers, key_angles, partial);
+    else hopper_dkv_of_shape<D, DV, 0>(dk, dv, stats, dout, q, k, v, mask, s, takers, key_angles, partial);
 }
 
 // As fast_attention_backward; stats (B,T,H), as branches_backward_kernel makes them.
 static void hopper_attention_backward(float *dq, int accumulate_dq, bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const bf16 *out, const float *lse, const RowStats *stats,
                                       const bf16 *q, const bf16 *k, const bf16 *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                      const OtherBranch<bf16> *other = NULL, const TurnedDq<bf16> *turned = NULL) {
+                                      const OtherBranch<bf16> *other = NULL, const TurnedBack<bf16> *turned = NULL) {
     if (mask->kind == MASK_SELECTED && s->Tk > 0) fast_takers(takers, mask->block_idx, mask->n, s, (int *)partial);
     if (s->D == 64) hopper_backward_of_shape<64, 64>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned);
     else hopper_backward_of_shape<128, 128>(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned);
@@ -4862,11 +4886,14 @@ static int tier_of_model(const Config *c) {
     return !is_bf16(c) || !fast_attention(&s, &mask) ? TIER_SIMPLE : hopper_attention(&s, &mask) ? TIER_HOPPER : TIER_FAST;
 }
 
+// Whether Hopper's kernels make dq, dk and dv, which can turn them back.
+template <typename F>
+static int turns_dq(const AttentionShape *s, const Mask *mask) {
+    return std::is_same<F, bf16>::value && fast_attention(s, mask) && hopper_attention(s, mask) && (mask->kind != MASK_SELECTED || shares_blocks(mask));
+}
 // Whether its kernels are those that take queries in groups, of which mask->order tells.
 template <typename F>
-static int groups_queries(const AttentionShape *s, const Mask *mask) {
-    return std::is_same<F, bf16>::value && mask->kind == MASK_SELECTED && shares_blocks(mask) && fast_attention(s, mask) && hopper_attention(s, mask);
-}
+static int groups_queries(const AttentionShape *s, const Mask *mask) { return mask->kind == MASK_SELECTED && turns_dq<F>(s, mask); }
 
 // Numbers of scratch that backward takes in bf16.
 static int64_t gpu_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_attention(s, mask) ? hopper_attention_partial(s, mask) : fast_attention_partial(s, mask); }
@@ -4908,12 +4935,12 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
     if (total) gpu_branches_sum(total, out, s->B * s->T * s->H, s->Dv);
 }
 
-// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made. With `turned`, where groups_queries,
-// what is at dq and this branch's part go there.
+// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made. With `turned`, where turns_dq,
+// this branch's part goes there, and with accumulate_dq what is at dq; and dk may be turned, too.
 template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
                                    const F *q, const F *k, const F *v, const Mask *mask, const AttentionShape *s, float *delta, const Takers *takers, float *partial,
-                                   const OtherBranch<F> *other = NULL, const TurnedDq<F> *turned = NULL) {
+                                   const OtherBranch<F> *other = NULL, const TurnedBack<F> *turned = NULL) {
     if constexpr (std::is_same<F, bf16>::value)
         if (fast_attention(s, mask))
             return hopper_attention(s, mask) ? hopper_attention_backward(dq, accumulate_dq, dk, dv, dout, gate, out, lse, stats, q, k, v, mask, s, delta, takers, partial, other, turned)
@@ -5072,8 +5099,8 @@ __global__ void swiglu_forward_kernel(F *h, const F *gate_up, int64_t n, int f, 
     }
 }
 
-// gate_up becomes its gradient in place; h (n,f) is made again for the gradient of the matrix behind it. dh may be h.
-template <typename F, int N>
+// gate_up becomes its gradient in place; h (n,f), where it was not kept, is made again (AGAIN) for the gradient of the matrix behind it. dh may be h.
+template <typename F, int N, int AGAIN>
 __global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n, int f) {
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= n) return;
@@ -5089,7 +5116,7 @@ __global__ void swiglu_backward_kernel(F *gate_up, F *h, const F *dh, int64_t n,
         }
         store<N>(at, da);
         store<N>(at + f, du);
-        store<N>(h + row * f + j, y);
+        if (AGAIN) store<N>(h + row * f + j, y);
     }
 }
 
@@ -5109,9 +5136,10 @@ static void gpu_swiglu_forward(F *h, const F *gate_up, int64_t n, int64_t f, con
 }
 
 template <typename F>
-static void gpu_swiglu_backward(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {
+static void gpu_swiglu_backward(F *gate_up, F *h, const F *dh, int64_t n, int64_t f) {      // h NULL: it was kept
     const int N = packs<F>(f) ? pack_size<F> : 1;
-    const auto kernel = N > 1 ? swiglu_backward_kernel<F, pack_size<F>> : swiglu_backward_kernel<F, 1>;
+    const auto kernel = N > 1 ? (h ? swiglu_backward_kernel<F, pack_size<F>, 1> : swiglu_backward_kernel<F, pack_size<F>, 0>)
+                              : (h ? swiglu_backward_kernel<F, 1, 1> : swiglu_backward_kernel<F, 1, 0>);
     const dim3 threads = row_threads(f, N);
     kernel<<<grid(n, threads.y), threads>>>(gate_up, h, dh, n, (int)f);
     LAUNCHED();
@@ -5458,6 +5486,7 @@ struct GpuActs {
     F *mid;                                     // (B,T,C)
     float *rstd2;                               // (B,T)
     F *gate_up, *expert_gate_up;                // (B,T,2F), (B·T·k,2Fe)
+    F *h;                                       // (B,T,F), silu(gate)·up: kept, or work.ffn
     Routing routing;
 };
 
@@ -5578,7 +5607,7 @@ static void carve_gpu_acts(GpuActs<F> *acts, const Config *c, int64_t B, int64_t
         }
         if (keep_ffn || l == 0) {
             carve(m, &a->gate_up, N * 2 * (keep_ffn ? ffn_width(c, l) : width));
-            if (keep_ffn) carve(m, &a->norm1, N * C), carve(m, &a->norm2, N * C);
+            if (keep_ffn) carve(m, &a->norm1, N * C), carve(m, &a->norm2, N * C), carve(m, &a->h, N * ffn_width(c, l));
             if (keep_ffn ? layer_is_moe(c, l) : moe) {
                 carve(m, &a->expert_gate_up, N * k * 2 * c->moe_intermediate_size);
                 carve(m, &a->routing.probs, N * E);
@@ -5730,7 +5759,7 @@ static void net_alloc(Model *g, int64_t B, int64_t T, int recompute, int train) 
     carve_gpu_acts(n->acts, c, B, T, recompute, train, &m);
     carve_gpu_scratch(&n->work, c, B, T, train, &m);
     for (int l = 0; l < c->num_hidden_layers; l++)
-        if (!n->acts[l].norm1) n->acts[l].norm1 = n->acts[l].norm2 = n->work.norm;
+        if (!n->acts[l].norm1) n->acts[l].norm1 = n->acts[l].norm2 = n->work.norm, n->acts[l].h = n->work.ffn;
     carve(&m, &g->rope, T * g->parts * c->head_dim);
     carve(&m, &g->final_rstd, B * T);
 }
@@ -6103,8 +6132,8 @@ static void gpu_ffn_layer_forward(Model *g, int layer, int64_t B, int64_t T, con
     const int last = layer + 1 == c->num_hidden_layers;
     gpu_ffn_inputs_forward<F>(g, layer, N, info);
     if (width > 0) {
-        gpu_swiglu_forward(s->ffn, a->gate_up, N, width);
-        gpu_linear_forward(s->y, C, s->ffn, width, matrix<F>(g, w->down), N, width, C);
+        gpu_swiglu_forward(a->h, a->gate_up, N, width);
+        gpu_linear_forward(s->y, C, a->h, width, matrix<F>(g, w->down), N, width, C);
     } else {
         device_zero(s->y, N * C * (int64_t)sizeof(F));
     }
@@ -6251,8 +6280,8 @@ static void gpu_ffn_layer_backward(Model *g, int layer, int64_t B, int64_t T, co
     const F *dy = dropout_backward(s->y, s->dx, N, dropout_at(g, B, T, 2 * layer + 2, info));
     if (width > 0) {
         gemm(N, width, C, dy, C, 0, matrix<F>(g, w->down), width, 0, s->ffn, width, 0);
-        gpu_swiglu_backward(a->gate_up, s->ffn, s->ffn, N, width);
-        gpu_linear_backward<F>(NULL, 0, grad_of(g, w->down), dy, C, s->ffn, width, NULL, N, width, C, 0);
+        gpu_swiglu_backward(a->gate_up, a->h == s->ffn ? s->ffn : NULL, s->ffn, N, width);
+        gpu_linear_backward<F>(NULL, 0, grad_of(g, w->down), dy, C, a->h, width, NULL, N, width, C, 0);
         gpu_linear_backward(s->dnorm, C, grad_of(g, w->gate_up), a->gate_up, 2 * width, a->norm2, C, matrix<F>(g, w->gate_up), N, C, 2 * width, 0);
     } else {
         device_zero(s->dnorm, N * C * (int64_t)sizeof(F));
@@ -6282,7 +6311,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     const GpuTextKeys<F> keys = gpu_text_keys<F>(a->wide, &row, &p, B, g->recompute >= 2);
     F *dkeys = p.parts > 1 ? s->dkeys : s->dwide + row.k[0];        // rows as those of keys
     const int64_t size = B * p.text * keys.row;
-    // Hopper's kernels make dq of the compressed branch and the window together, and where queries are grouped the selected branch adds its part and turns it.
+    // Hopper's kernels make dq of the compressed branch and the window together. The last part turns it back, where its kernel can, and a dense layer's turns dk.
     const int one_dq = nsa && tier_of_model(c) == TIER_HOPPER, turns[2][BRANCHES] = {{CMP, SLC, WIN}, {CMP, WIN, SLC}};
     int turned_dq = 0;
     if (p.own > 1) device_zero(dkeys + size, size * (int64_t)sizeof(F));        // compression leaves its gradients with the first piece's
@@ -6302,12 +6331,11 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
             const int64_t first = i * rows, heads = first * H, dk_step = compressed ? B * nc * KV * D : size, dv_step = compressed ? B * nc * KV * Dv : size;
             AttentionShape shape = attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row);
             Mask mask = branch_mask(c, nsa ? a->block_idx + first * KV * c->sel_blocks : NULL, &shape, layer, b);
-            const int grouped = groups_queries<F>(&shape, &mask);
-            if (grouped) mask.order = a->order + first * KV;
+            if (groups_queries<F>(&shape, &mask)) mask.order = a->order + first * KV;
             OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
             if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
-            const TurnedDq<F> turned = {s->dwide + first * row.size + row.q, row.size, g->rope + piece_start(&p, i) * D};
-            turned_dq = one_dq && grouped;
+            const TurnedBack<F> turned = {s->dwide + first * row.size + row.q, row.size, g->rope + piece_start(&p, i) * D, nsa ? NULL : g->rope};
+            turned_dq = turn + 1 == row.branches && turns_dq<F>(&shape, &mask);
             gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, turn > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
                                       a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
                                       s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL, turned_dq ? &turned : NULL);
@@ -6332,7 +6360,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
     for (int i = 0; i < p.own; i++) {
         const float *angles = g->rope + piece_start(&p, i) * D;
         F *dwide = s->dwide + i * rows * row.size;
-        gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
+        if (nsa || !turned_dq) gpu_rope<F>(dwide, row.size, NULL, angles, rows, p.length, 1, &turning, D, -1);
         if (!turned_dq) gpu_rope<F>(dwide + row.q, row.size, s->dq + i * rows * H * D, angles, rows, p.length, 1, &queries, D, -1);
     }
     if (!nsa) return a->branch[0];
