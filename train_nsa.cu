@@ -1176,7 +1176,7 @@ __device__ static inline void turn_back(float2 *a, float2 *b, float2 cosine, flo
 // (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ..., of which it asks for ROPE_HEADS at once.
 enum { ROPE_HEADS = 4 };
 template <typename F, int N>
-__global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, Heads heads, int d, float turn) {
+__global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const __grid_constant__ Heads heads, int d, float turn) {
     const int half = d / 2;
     const int64_t i = (int64_t)blockIdx.x * blockDim.z + threadIdx.z;
     if (i >= n) return;
@@ -2045,7 +2045,6 @@ __device__ static inline int64_t place_of_row(const FastRows *x, int row, const 
 // Where row i lies, and whether it is one.
 __device__ static inline int64_t place_of(const FastRows *x, int i, const AttentionShape *s) { return place_of_row(x, row_at(x, i), s); }
 __device__ static inline int is_row(const FastRows *x, int i) { return x->first + i <= x->last; }
-__device__ static inline int token_of(const FastRows *x, int i, const AttentionShape *s) { return row_at(x, i) / (s->H / s->KV); }     // of its text
 
 // The two rows of a lane, at x + place(row)·row_size, as left factors of W columns.
 template <int W>
@@ -2490,12 +2489,12 @@ static Parts attention_parts_of(int most, const Mask *mask, const AttentionShape
     return p;
 }
 
-// What the kernels know of it: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each); and of ranges that are cut, which part of which
-// tile each block takes.
-typedef struct TilePart { int tile, part; } TilePart;
-typedef struct PartLists { int *start, *slot; TilePart *order; int64_t tiles; int queries; } PartLists;
+// What the kernels know of it: where each tile's parts start among all parts, and among those that go to memory (tiles + 1 each); and which part of which
+// tile each block takes, of which the last ones may have none.
+typedef struct TilePart { int tile, part, parts; } TilePart;
+typedef struct PartLists { int *start, *slot; TilePart *order; int tiles, items, queries; } PartLists;
 // `partial`: these lists, then the parts.
-static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1) + 2 * p->items, 32); }
+static int64_t parts_header(const Parts *p) { return round_up(2 * (p->tiles + 1) + 3 * p->items, 32); }
 static int64_t parts_numbers(int most, const Mask *mask, const AttentionShape *s) {
     const Parts p = attention_parts_of(most, mask, s);
     return parts_header(&p) + p.slots * p.slot_size;
@@ -2536,16 +2535,24 @@ __device__ static inline TilePart part_at(const PartLists *lists, int item) {
         if (lists->start[middle] <= item) tile = middle;
         else end = middle;
     }
-    const TilePart part = {(int)tile, item - lists->start[tile]};
+    const TilePart part = {(int)tile, item - lists->start[tile], lists->start[tile + 1] - lists->start[tile]};
     return part;
 }
-// A thread a part. Those of a (b, kv) that begin at the same position are to follow each other: before a part come as many as the tiles have before this position, and of this
-// position those of the tiles before.
+// A thread a part. Those of lists keep their order, in which those of a range that begin at the same position, of a (b, kv), are to follow each other: before a part come as many
+// as the tiles have before this position, and of this position those of the tiles before.
 __global__ void order_parts_kernel(PartLists lists, int most, Mask mask, AttentionShape s, Takers takers) {
     const int item = (int)global_thread();
-    if (item >= lists.start[lists.tiles]) return;
+    if (item >= lists.items) return;
+    if (item >= lists.start[lists.tiles]) {     // the bound is higher
+        lists.order[item].parts = 0;
+        return;
+    }
     const auto position = [&](int64_t tile) { return key_tile_at(tile, most, &mask, &s, &takers).from / lists.queries; };
     const TilePart own = part_at(&lists, item);
+    if (mask.kind == MASK_SELECTED) {
+        lists.order[item] = own;
+        return;
+    }
     const int64_t each = key_tiles(most, &mask, &s), first = own.tile / each * each, at = position(own.tile) + own.part;
     int64_t place = lists.start[first];
     for (int64_t i = first; i < first + each; i++) {
@@ -2555,13 +2562,13 @@ __global__ void order_parts_kernel(PartLists lists, int most, Mask mask, Attenti
     lists.order[place] = own;
 }
 
-// Makes the lists at `partial`.
+// Makes the lists at `partial`; none where no tile is cut.
 static PartLists make_parts(const Parts *p, int most, const Mask *mask, const AttentionShape *s, const Takers *takers, float *partial) {
     int *start = (int *)partial, *slot = start + p->tiles + 1;
-    const int ordered = mask->kind != MASK_SELECTED && p->slots > 0;
-    const PartLists lists = {start, slot, ordered ? (TilePart *)(slot + p->tiles + 1) : NULL, p->tiles, (int)p->queries};
+    const PartLists lists = {start, slot, p->slots > 0 ? (TilePart *)(slot + p->tiles + 1) : NULL, (int)p->tiles, (int)p->items, (int)p->queries};
+    if (!lists.order) return lists;
     fast_parts_kernel<<<1, PART_THREADS>>>(lists, most, *mask, *s, *takers);
-    if (lists.order) order_parts_kernel<<<grid(p->items, THREADS), THREADS>>>(lists, most, *mask, *s, *takers);
+    order_parts_kernel<<<grid(p->items, THREADS), THREADS>>>(lists, most, *mask, *s, *takers);
     LAUNCHED();
     return lists;
 }
@@ -2569,9 +2576,10 @@ static PartLists make_parts(const Parts *p, int most, const Mask *mask, const At
 // The part that a block of threads takes: x is its tile with the queries of this part, one of several; 0 for a block behind the last part.
 typedef struct KeyPart { KeyTile x; int tile, part, parts; } KeyPart;
 __device__ static inline int part_of_block(KeyPart *own, const PartLists *lists, int most, const Mask *mask, const AttentionShape *s, const Takers *takers) {
-    if ((int)blockIdx.x >= lists->start[lists->tiles]) return 0;
-    const TilePart of = lists->order ? lists->order[blockIdx.x] : part_at(lists, (int)blockIdx.x);
-    const int part = of.part, parts = lists->start[of.tile + 1] - lists->start[of.tile];
+    TilePart of = {(int)blockIdx.x, 0, 1};
+    if (lists->order) of = lists->order[blockIdx.x];
+    if (of.parts == 0) return 0;
+    const int part = of.part, parts = of.parts;
     const KeyTile all = key_tile_at(of.tile, most, mask, s, takers);
     own->x = all;
     own->tile = of.tile, own->part = part, own->parts = parts;
@@ -2867,6 +2875,7 @@ static void dkv_of_shape(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate
     fast_dkv_kernel<D, DV, ROWS><<<grid(p.items, 1), (unsigned)(keys / MMA_ROWS * WARP), (size_t)bytes>>>(
         dk, dv, dout, gate, delta, lse, q, k, v, *mask, *s, queues, partial + parts_header(&p), lists);
     LAUNCHED();
+    if (!lists.order) return;
     fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, (const float *)NULL, partial + parts_header(&p), lists.slot, RANGE_KEYS, *mask, *s, queues);
     LAUNCHED();
 }
@@ -3648,7 +3657,9 @@ struct GroupRows {
     __device__ unsigned queries(int lower) const { return (unsigned)same_in_warp((int)(~0u << query(8 * lower) & ~0u >> (WARP - 1 - query(8 * lower + 7)))); }
 };
 HOPPER_DEVICE static inline int is_row(const GroupRows *x, int i) { return x->query(i) < x->tokens; }
+// The token of its text.
 HOPPER_DEVICE static inline int token_of(const GroupRows *x, int i, const AttentionShape *) { return x->token(i); }
+HOPPER_DEVICE static inline int token_of(const FastRows *x, int i, const AttentionShape *s) { return row_at(x, i) / (s->H / s->KV); }
 HOPPER_DEVICE static inline int64_t place_of(const GroupRows *x, int i, const AttentionShape *s) {
     return (x->b * s->T + x->token(i)) * s->H + x->kv * (s->H / s->KV) + x->head0 + (x->first + i) % x->heads;
 }
@@ -4664,6 +4675,7 @@ static void hopper_dkv_of_shape(bf16 *dk, bf16 *dv, const RowStats *stats, const
     hopper_dkv_kernel<D, DV, LISTED><<<grid(p.items, 1), Plan::THREADS, (size_t)bytes>>>(dk, dv, stats, q_map, dout_map, k_map, v_map, *mask, *s, queues,
                                                                                         key_angles, partial + parts_header(&p), lists);
     LAUNCHED();
+    if (!lists.order) return;
     fast_add_parts_kernel<<<dim3(grid(p.tiles, 1), 4), THREADS>>>(dk, dv, key_angles, partial + parts_header(&p), lists.slot, Plan::KEYS, *mask, *s, queues);
     LAUNCHED();
 }

@@ -87,7 +87,7 @@ good $small $flat -x 3 -o pieces.1 $pieces --dropout 0.2 --full-layers 1 --exper
 together 2 file:address $small $flat -x 3 -o pieces.2 $pieces --dropout 0.2 --full-layers 1 --experts 3 --context-parallel 2 -r 2 -z 1
 for key in loss val_loss grad_norm; do near pieces.1/log.jsonl pieces.2/log.jsonl $key; done
 apart=1e-2
-low="$pieces --dtype bf16 --head-dim 64 --heads 8 --kv-heads 2 --sel-block 64 --sel-blocks 3 -x 2 -v 0"
+low="$pieces --dtype bf16 --head-dim 64 --heads 8 --kv-heads 2 --sel-block 64 --sel-blocks 3 --full-layers 1 -x 2 -v 0"
 good $small $flat -o low.1 $low
 together 2 file:address $small $flat -o low.2 $low --context-parallel 2 -z 1
 near low.1/log.jsonl low.2/log.jsonl loss

@@ -392,9 +392,16 @@ def test_speed_picture():
                      "nsa        1024       324410       1616      74.6   0.37\nfull      65536 failed: no memory\nnsa       65536       156578       3348      74.6   0.25\n")
     python("scripts/plot_speed.py", table, "--peer", "llm.c: 1024=493e3 8192=305e3", "-o", TEMP / "speed.png")
     assert is_picture(TEMP / "speed.png")
+    attention = TEMP / "attention.txt"
+    attention.write_text("attention               T   forward ms  backward ms       GB\nnsa                  1024        0.220        0.690    0.324\n"
+                         "trained-0            1024        0.217        0.669\ntrained-1            1024        0.194        0.650\ncuDNN                1024        0.146        0.319\n"
+                         "nsa               1048576 failed: out of memory\n")
+    python("scripts/plot_speed.py", table, "--attention", attention, "-o", TEMP / "both.png")
+    assert is_picture(TEMP / "both.png")
     script = [sys.executable, ROOT / "scripts/plot_speed.py"]
     refuses("--peer", *script, table, "--peer", "llm.c 1024", "-o", TEMP / "bad.png", rc=1)
     refuses("nothing.txt", *script, TEMP / "nothing.txt", "-o", TEMP / "bad.png", rc=1)
+    refuses("no row", *script, table, "--attention", table, "-o", TEMP / "bad.png", rc=1)
     table.write_text("full      65536 failed: no memory\n")
     refuses("no row", *script, table, "-o", TEMP / "bad.png", rc=1)
 
