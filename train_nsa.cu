@@ -1174,7 +1174,7 @@ __device__ static inline void turn_back(float2 *a, float2 *b, float2 cosine, flo
 // x (n, x_row), in place; or with `from`, an f32 gradient (n,heads,d), its result there. Row i is at position i % period · step of
 // `table` (positions,d), the cosines of the d/2 pairs and then their sines; turn = -1 turns back. A thread takes N neighbouring pairs
 // (j, j + d/2) of a row's heads threadIdx.y, threadIdx.y + blockDim.y, ..., of which it asks for ROPE_HEADS at once.
-enum { ROPE_HEADS = 4 };
+enum { ROPE_HEADS = 2 };
 template <typename F, int N>
 __global__ void rope_kernel(F *x, int64_t x_row, const float *from, const float *table, int64_t n, int64_t period, int64_t step, const __grid_constant__ Heads heads, int d, float turn) {
     const int half = d / 2;
