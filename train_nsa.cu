@@ -2538,8 +2538,8 @@ __device__ static inline TilePart part_at(const PartLists *lists, int item) {
     const TilePart part = {(int)tile, item - lists->start[tile], lists->start[tile + 1] - lists->start[tile]};
     return part;
 }
-// A thread a part. Those of lists keep their order, in which those of a range that begin at the same position, of a (b, kv), are to follow each other: before a part come as many
-// as the tiles have before this position, and of this position those of the tiles before.
+// A thread a part. Parts of lists stay in order. Those of ranges that begin at the same position, of a (b, kv), are to follow each other: before a part come as many as the tiles
+// have before this position, and of this position those of the tiles before.
 __global__ void order_parts_kernel(PartLists lists, int most, Mask mask, AttentionShape s, Takers takers) {
     const int item = (int)global_thread();
     if (item >= lists.items) return;
