@@ -4,9 +4,9 @@
 #
 #   make build/core && dev/bench_core.sh                          T = 1024 to 65536; 64 heads on 4 key/value heads of 128
 #   LENGTHS="65536 1048576" KINDS=nsa SHAPE="16 1 64" dev/bench_core.sh
-#   MODEL=out/model TEXT='tokens/val_*.bin' dev/bench_core.sh     also the attention of a trained model's layers (build/core model)
+#   MODEL=out/model TEXT='tokens/val_*.bin' dev/bench_core.sh     also the attention of a trained model's LAYERS (build/core model)
 #
-# KINDS: nsa, full, peers. scripts/plot_speed.py --attention draws the table.
+# KINDS: nsa, full, peers; LAYERS: 0 1. peers needs PyTorch. scripts/plot_speed.py --attention draws the table.
 set -eu
 [ $# -eq 0 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
 SHAPE=${SHAPE:-64 4 128}
