@@ -9,8 +9,11 @@ is not counted. dev/bench_core.sh calls it. Needs PyTorch 2.5 or later (enable_g
 import statistics
 import sys
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+try:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+except ImportError:
+    sys.exit("peers.py needs PyTorch 2.5 or later: pip install torch")
 
 WAYS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 RUNS = 7
