@@ -2774,38 +2774,34 @@ typedef struct Candidate { real logit; int id; } Candidate;
 // The likelier one; of equals the one with the lower number.
 static inline int comes_before(Candidate a, Candidate b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
 
-// heap[at] sinks below all that comes before it, or, with the last one up, below all that it comes before.
-static void heap_sink(Candidate *heap, int64_t n, int64_t at, int last_up) {
+// In a heap whose last one is up, heap[at] sinks below all that it comes before.
+static void heap_sink(Candidate *heap, int64_t n, int64_t at) {
     const Candidate x = heap[at];
     for (int64_t child; (child = 2 * at + 1) < n; at = child) {
-        if (child + 1 < n && comes_before(heap[child + 1], heap[child]) != last_up) child++;
-        if (comes_before(heap[child], x) == last_up) break;
+        if (child + 1 < n && comes_before(heap[child], heap[child + 1])) child++;
+        if (comes_before(heap[child], x)) break;
         heap[at] = heap[child];
     }
     heap[at] = x;
 }
 
-static void heap_make(Candidate *heap, int64_t n, int last_up) {
-    for (int64_t i = n / 2; i-- > 0;) heap_sink(heap, n, i, last_up);
-}
-
-// The k likeliest tokens, the likeliest first. One pass, with the k best so far in a heap whose last one is up: few of a vocabulary's tokens ever come before it.
+// The k likeliest tokens, the likeliest first. One pass, with the k best so far in a heap: few of a vocabulary's tokens ever come before its last one.
 static void likeliest_tokens(Candidate *best, const real *logits, int V, int64_t k) {
     for (int v = 0; v < k; v++) {
         best[v].logit = logits[v];
         best[v].id = v;
     }
-    heap_make(best, k, 1);
+    for (int64_t i = k / 2; i-- > 0;) heap_sink(best, k, i);
     for (int v = (int)k; v < V; v++) {
         if (logits[v] <= best[0].logit) continue;       // an equal one comes behind it, too
         best[0].logit = logits[v];
         best[0].id = v;
-        heap_sink(best, k, 0, 1);
+        heap_sink(best, k, 0);
     }
     for (int64_t n = k; n-- > 1;) {
         const Candidate last = best[0];
         best[0] = best[n];
-        heap_sink(best, n, 0, 1);
+        heap_sink(best, n, 0);
         best[n] = last;
     }
 }
@@ -2816,45 +2812,30 @@ static inline double softmax_weight(real logit, real top, double temp) { return 
 // Draws from softmax(logits / temp), of which only the top_k likeliest tokens stay (0: all), and of these only the fewest
 // that hold top_p of what they weigh together. temp 0 takes the likeliest. heap: memory for V candidates.
 int draw_token(const real *logits, int V, double temp, int64_t top_k, double top_p, Rng *rng, Candidate *heap) {
+    enum { SORTED_AT_FIRST = 256 };     // of all tokens: more are sorted where these do not hold top_p
     int finite = 1;
     for (int v = 0; v < V; v++) finite &= isfinite(logits[v]) != 0;
     if (!finite) die(1, "the model's logits are not finite: its weights are broken");
     const int64_t k = top_k > 0 && top_k < V ? top_k : V;
-    likeliest_tokens(heap, logits, V, temp > 0 && k < V ? k : 1);
+    int64_t sorted = temp <= 0 ? 1 : k < V ? k : min64(V, SORTED_AT_FIRST), kept = 0;
+    likeliest_tokens(heap, logits, V, sorted);
     const Candidate best = heap[0];
     double total = 0, mass = 0;
-    int64_t kept = 0;
     if (temp <= 0) return best.id;
-    if (k == V && top_p >= 1) {     // everything stays: the order does not matter, and the heap's place is for weights
-        for (int v = 0; v < V; v++) total += heap[v].logit = (real)softmax_weight(logits[v], best.logit, temp);
+    for (int64_t i = 0; i < k; i++) total += softmax_weight(k < V ? heap[i].logit : logits[i], best.logit, temp);
+    if (k == V && top_p >= 1) {         // everything stays: the order does not matter
         double x = rng_uniform(rng) * total;
         for (int v = 0; v < V; v++)
-            if ((x -= heap[v].logit) < 0) return v;
+            if ((x -= softmax_weight(logits[v], best.logit, temp)) < 0) return v;
         return best.id;
     }
-    if (k < V) {                    // top_p of what top_k has left
-        for (int64_t i = 0; i < k; i++) total += softmax_weight(heap[i].logit, best.logit, temp);
-        for (; kept == 0 || (kept < k && mass < top_p * total); kept++) mass += softmax_weight(heap[kept].logit, best.logit, temp);
-    } else {                        // no more are sorted than stay: they stand behind the heap, the likeliest last
-        for (int v = 0; v < V; v++) {
-            heap[v].logit = logits[v];
-            heap[v].id = v;
-            total += softmax_weight(logits[v], best.logit, temp);
-        }
-        heap_make(heap, V, 0);
-        for (int64_t left = V; kept == 0 || (left > 0 && mass < top_p * total); kept++) {
-            const Candidate next = heap[0];
-            heap[0] = heap[--left];
-            heap_sink(heap, left, 0, 0);
-            heap[left] = next;
-            mass += softmax_weight(next.logit, best.logit, temp);
-        }
+    for (; kept == 0 || (kept < k && mass < top_p * total); kept++) {
+        if (kept == sorted) likeliest_tokens(heap, logits, V, sorted = min64(k, 8 * sorted));
+        mass += softmax_weight(heap[kept].logit, best.logit, temp);
     }
     double x = rng_uniform(rng) * mass;
-    for (int64_t i = 0; i < kept; i++) {
-        const Candidate next = heap[k < V ? i : V - 1 - i];
-        if ((x -= softmax_weight(next.logit, best.logit, temp)) < 0) return next.id;
-    }
+    for (int64_t i = 0; i < kept; i++)
+        if ((x -= softmax_weight(heap[i].logit, best.logit, temp)) < 0) return heap[i].id;
     return best.id;
 }
 
@@ -2955,7 +2936,7 @@ typedef struct Sampler {
     Model model;
     Decoder decoder;
     int64_t memory;             // what there was for model and caches, in bytes; 0: nobody knows
-    Candidate *heap;
+    Candidate *heap;            // (rows,V)
     Rng *rng;                   // one for each row
     int *next;                  // (rows) the token drawn last, which is not in the cache yet; -1: none
     unsigned char *ended;       // (rows) 1 behind the end of the text

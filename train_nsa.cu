@@ -2573,16 +2573,16 @@ static PartLists make_parts(const Parts *p, int most, const Mask *mask, const At
     return lists;
 }
 
-// The part that a block of threads takes: x is its tile with the queries of this part, one of several; 0 for a block behind the last part.
-typedef struct KeyPart { KeyTile x; int tile, part, parts; } KeyPart;
+// The part that a block of threads takes: x is its tile with the queries of this part; 0 for a block behind the last part. Without lists a block has a tile.
+typedef struct KeyPart { KeyTile x; TilePart of; } KeyPart;
 __device__ static inline int part_of_block(KeyPart *own, const PartLists *lists, int most, const Mask *mask, const AttentionShape *s, const Takers *takers) {
     TilePart of = {(int)blockIdx.x, 0, 1};
     if (lists->order) of = lists->order[blockIdx.x];
-    if (of.parts == 0) return 0;
     const int part = of.part, parts = of.parts;
+    if (parts == 0) return 0;
     const KeyTile all = key_tile_at(of.tile, most, mask, s, takers);
     own->x = all;
-    own->tile = of.tile, own->part = part, own->parts = parts;
+    own->of = of;
     if (parts == 1) return 1;
     if (mask->kind == MASK_SELECTED) {
         const int length = (int)(all.to - all.from), each = (length + parts - 1) / parts;
@@ -2720,10 +2720,10 @@ fast_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float *gate, const f
         cp_async_commit();
     }
 
-    if (own.parts > 1) {        // (keys, D + DV) of this part
+    if (own.of.parts > 1) {        // (keys, D + DV) of this part
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float *to_key = partial + ((lists.slot[own.tile] + own.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[own.of.tile] + own.of.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -4343,7 +4343,7 @@ hopper_selected_dq_kernel(float *dq, int accumulate, TurnedBack<bf16> turned, co
 
 // dk, dv, as fast_dkv_kernel: a block owns a tile of keys, or a part of its queue of queries, and scores are turned, (keys, rows). Where keys are a range
 // each of two warpgroups has 64 of them. With selection (LISTED) both have the same 64 and take turns at the stages of the queue, whose queries come
-// one by one, as the list of takers names them; one adds up both sums.
+// one by one, as the list of takers names them; one adds up both sums. angles: TurnedBack's of the keys, or NULL.
 template <int D, int DV, int LISTED>
 struct HopperDkv {
     static constexpr int SLABS = 2, KEYS = LISTED ? SLAB_ROWS : HOPPER_KEYS, ROWS = 64, STAGES = D == 64 ? 6 : 4, USERS = LISTED ? 1 : SLABS, THREADS = (SLABS + 1) * WARPGROUP;
@@ -4366,7 +4366,7 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
     const int64_t from = x.from;
     const int G = s.H / s.KV, tokens = ROWS / G, queue = (int)(x.to - from), steps = (queue + tokens - 1) / tokens;
     // A window's tiles each begin where the position is a multiple of their queries' number, and go round: so neighbours, too, meet the same queries at the same time.
-    const int behind = LISTED || own.parts > 1 || steps == 0 ? 0 : (int)from / tokens % steps, turn = behind ? steps - behind : 0;
+    const int behind = LISTED || own.of.parts > 1 || steps == 0 ? 0 : (int)from / tokens % steps, turn = behind ? steps - behind : 0;
     bf16 *key_tile = (bf16 *)hopper_shared, *value_tile = key_tile + KEYS * D, *q_tiles = value_tile + KEYS * DV, *dout_tiles = q_tiles + STAGES * ROWS * D;
     StageStats *stage_stats = (StageStats *)(dout_tiles + STAGES * ROWS * DV);
     uint64_t *keys_full = (uint64_t *)(stage_stats + STAGES), *full = keys_full + 1, *empty = full + STAGES;
@@ -4588,12 +4588,12 @@ hopper_dkv_kernel(bf16 *dk, bf16 *dv, const RowStats *stats, const __grid_consta
         }
     }
 
-    if (own.parts > 1) {        // (keys, D + DV) of this part
+    if (own.of.parts > 1) {        // (keys, D + DV) of this part
         const int keys = tile_keys(KEYS, &mask);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (mine + lane() / 4 + i * 8 >= keys) continue;
-            float *to_key = partial + ((lists.slot[own.tile] + own.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
+            float *to_key = partial + ((lists.slot[own.of.tile] + own.of.part) * (int64_t)keys + mine + lane() / 4 + i * 8) * (D + DV) + lane() % 4 * 2;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) *(float2 *)(to_key + n * 8) = make_float2(dks[n][i * 2] * scale, dks[n][i * 2 + 1] * scale);
             #pragma unroll
@@ -4900,12 +4900,12 @@ static int tier_of_model(const Config *c) {
 
 // Whether Hopper's kernels make dq, dk and dv, which can turn them back.
 template <typename F>
-static int turns_dq(const AttentionShape *s, const Mask *mask) {
+static int turns_back(const AttentionShape *s, const Mask *mask) {
     return std::is_same<F, bf16>::value && fast_attention(s, mask) && hopper_attention(s, mask) && (mask->kind != MASK_SELECTED || shares_blocks(mask));
 }
 // Whether its kernels are those that take queries in groups, of which mask->order tells.
 template <typename F>
-static int groups_queries(const AttentionShape *s, const Mask *mask) { return mask->kind == MASK_SELECTED && turns_dq<F>(s, mask); }
+static int groups_queries(const AttentionShape *s, const Mask *mask) { return mask->kind == MASK_SELECTED && turns_back<F>(s, mask); }
 
 // Numbers of scratch that backward takes in bf16.
 static int64_t gpu_attention_partial(const AttentionShape *s, const Mask *mask) { return hopper_attention(s, mask) ? hopper_attention_partial(s, mask) : fast_attention_partial(s, mask); }
@@ -4947,7 +4947,7 @@ static void gpu_attention_forward(F *out, float *lse, const F *q, const F *k, co
     if (total) gpu_branches_sum(total, out, s->B * s->T * s->H, s->Dv);
 }
 
-// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made. With `turned`, where turns_dq,
+// With `other`, which only Hopper's kernels take and a range of keys, dq is of both branches; without dq only dk and dv are made. With `turned`, where turns_back,
 // this branch's part goes there, and with accumulate_dq what is at dq; and dk may be turned, too.
 template <typename F>
 static void gpu_attention_backward(float *dq, int accumulate_dq, F *dk, F *dv, const F *dout, const float *gate, const F *out, const float *lse, const RowStats *stats,
@@ -6347,7 +6347,7 @@ static const F *gpu_attention_core_backward(Model *g, int layer, int64_t B, int6
             OtherBranch<F> other = {NULL, a->compressed[0], a->compressed[1], mask, attention_shape(c, B, &p, own_piece(&p, i), row.size, keys.row)};
             if (one_dq) other.mask = branch_mask(c, NULL, &other.s, layer, CMP), other.stats = s->stats + CMP * N * H + heads;
             const TurnedBack<F> turned = {s->dwide + first * row.size + row.q, row.size, g->rope + piece_start(&p, i) * D, nsa ? NULL : g->rope};
-            turned_dq = turn + 1 == row.branches && turns_dq<F>(&shape, &mask);
+            turned_dq = turn + 1 == row.branches && turns_back<F>(&shape, &mask);
             gpu_attention_backward<F>(dq_later ? NULL : s->dq + heads * D, turn > one_dq, dk + i * dk_step, dv + i * dv_step, s->dattention + heads * Dv, nsa ? a->gates + heads * BRANCHES + b : NULL,
                                       a->branch[b] + heads * Dv, a->lse[b] + heads, s->stats ? s->stats + b * N * H + heads : NULL, a->wide + first * row.size, k, v, &mask, &shape,
                                       s->delta, &s->takers, s->partial, b == WIN && one_dq ? &other : NULL, turned_dq ? &turned : NULL);

@@ -326,6 +326,14 @@ void test_drawing(void) {
     int wrong = 0;
     for (int v = 0; v < MANY; v++) wrong += (times[v] > 0) != (v * 7919 % MANY >= MANY - K);
     check(!wrong, "top-k %d of %d tokens: %d are wrong", K, MANY, wrong);
+    // A quarter of what all weigh together, nearly alike, is a quarter of the tokens
+    int outside = 0, behind = 0;
+    for (int i = 0; i < 2000; i++) {
+        const int rank = MANY - 1 - draw_token(large, MANY, 1e6, 0, 0.25, &many, place) * 7919 % MANY;
+        outside += rank > MANY / 4;
+        behind += rank > MANY / 5;
+    }
+    check(!outside && behind > 0, "top-p 0.25 of %d tokens: %d are outside, %d in the last fifth", MANY, outside, behind);
     Rng rng = {1, 2, 3};
     check(draw_token(logits, DRAWN, 0, 0, 1, &rng, heap) == 1 && rng.counter == 3, "temperature 0 takes the lower of two likeliest");
     check(draw_token(logits, DRAWN, 1, 1, 1, &rng, heap) == 1, "so does top-k 1");
