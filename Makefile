@@ -182,6 +182,14 @@ $(KERNELS): build/%: dev/cuda/%.cu $(TEST_HEADERS) $(CU_SOURCES)
 
 build/decode: sample.c
 
+# when each kernel of a program runs (dev/trace.c), by CUPTI of the CUDA Toolkit, wherever that keeps it
+CUDA_FOLDER = $(patsubst %/bin/,%,$(dir $(NVCC)))
+CUPTI_FOLDERS = $(CUDA_FOLDER) $(CUDA_FOLDER)/extras/CUPTI
+build/trace.so: dev/trace.c build/flags
+	$(NEEDS_NVCC)
+	$(CC) -std=gnu11 -O2 $(WARNINGS) -shared -fPIC $(CUPTI_FOLDERS:%=-isystem %/include) $< -o $@ \
+	    $(foreach folder,$(CUPTI_FOLDERS),-L$(folder)/lib64 -L$(folder)/lib -Xlinker -rpath -Xlinker $(folder)/lib64) -lcupti -lstdc++
+
 # the GPU against the CPU
 test-gpu: train_nsa train_nsacu samplecu build/test_nsa_cu build/test_sample_cu $(KERNELS)
 	@sh test/run_tests.sh build/test_nsa_cu build/test_sample_cu $(KERNELS) test/gpu.sh

@@ -407,14 +407,36 @@ def test_speed_picture():
 
 
 def test_step_profile():
+    profile = [sys.executable, ROOT / "dev/profile_step.py"]
+
+    def of(path):
+        return subprocess.run([*profile, path], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    # ncu's launches: one step and a validation
     launches = TEMP / "launches.csv"
     head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
     row = '"{}","{}","gpu__time_duration.sum","{}","{}"\n'
     launches.write_text("==PROF== Connected\n" + head + row.format(0, "void wide_kernel<float, 8>(float *, long)", "us", "1,500.0") +
-                        row.format(1, "narrow_kernel(int)", "ns", "500000") + row.format(2, "void wide_kernel<float, 8>(float *, long)", "ms", "2"))
-    done = subprocess.run([sys.executable, ROOT / "dev/profile_step.py", launches], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert done[0] == "4.0 ms in 3 launches" and done[1].split()[:4] == ["87.5%", "3.500", "ms", "2"] and done[1].endswith("wide_kernel<float, 8>")
-    refuses("no launches", sys.executable, ROOT / "dev/profile_step.py", TEMP / "speed.txt", rc=1)
+                        row.format(1, "adamw_kernel(int)", "ns", "500000") + row.format(2, "void wide_kernel<float, 8>(float *, long)", "ms", "2") +
+                        row.format(3, "adamw_kernel(int)", "ns", "0") + row.format(4, "embed_kernel(int)", "ms", "7"))
+    done = of(launches)
+    assert done[0] == "4.0 ms and 4 launches a step, 1 step" and done[1].split()[:4] == ["87.5%", "3.500", "ms", "2"]
+    assert done[1].endswith("wide_kernel<float, 8>") and len(done) == 3
+    # a trace: the first step does not count; two kernels at once, one within another, a copy between AdamW's kernels, gaps of 100 and 200
+    trace = TEMP / "trace.csv"
+    trace.write_text("".join(f'{begin}000000,{end}000000,"{name}"\n' for begin, end, name in [
+        (0, 50, "embed_kernel(int, float)"), (60, 70, "adamw_kernel(int)"), (80, 100, "adamw_kernel(int)"),
+        (200, 300, "embed_kernel(int, float)"), (250, 500, "void wide_kernel<float, 8>(float *, long)"), (260, 310, "copy"),
+        (700, 800, "adamw_kernel(int)"), (800, 820, "copy"), (820, 900, "adamw_kernel(int)"),
+        (900, 990, "embed_kernel(int, float)"), (991, 999, "wide_kernel")]))
+    done = of(trace)
+    assert done[0] == "700.0 ms and 6 launches a step, 1 step"
+    assert [line.split()[0] for line in done[1:5]] == ["35.7%", "25.7%", "14.3%", "10.0%"] and done[1].endswith("wide_kernel<float, 8>")
+    assert done[5].split()[:6] == ["28.6%", "200.000", "ms", "no", "kernel", "runs;"]
+    assert done[6].split()[:2] == ["28.6%", "200.000"] and done[6].endswith("from wide_kernel<float, 8> to adamw_kernel") and len(done) == 7
+    refuses("neither a trace nor", *profile, TEMP / "speed.txt", rc=1)
+    trace.write_text('0,1,"embed_kernel"\n')
+    refuses("no step", *profile, trace, rc=1)
 
 
 def test_attention_pictures():
