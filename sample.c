@@ -370,7 +370,7 @@ void decode_token(Decoder *d, const int *tokens) {
 // read from memory; it is recorded anew only when the caches move to a larger place. There are two graphs: one token in d completes a
 // block of tokens that must be compressed, the others do without these kernels. All that is long is shared out among the whole GPU:
 //
-//     linear               a warp for each output reads its row of the weights once
+//     linear               a warp for each output reads its row of the weights once; of many texts and weights in bf16, the tensor cores
 //     token_kernel         gates, RoPE, the token's keys and values into the caches; where it completes a block of tokens, that block with its positions
 //     compress_step        such a block becomes a compressed key and value
 //     attention            a share of the keys, for the heads that have them in common; merge_kernel puts the shares together
@@ -386,6 +386,7 @@ void decode_token(Decoder *d, const int *tokens) {
 static const char *device_name = "GPU", *memory_name = "GPU memory";
 
 enum { MOST_THREADS = 1024 };       // of a block: the kernels that have few blocks and much to do
+enum { DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP };        // of a block: the fast kernels
 
 // What one token reads of a list of keys: a branch's, or those of a full-attention layer. The splits of a launch are dealt out to the lists
 // that it reads; each takes `share` keys of its list.
@@ -721,10 +722,135 @@ __global__ void linear_kernel(Linear<F> a) {
     }
 }
 
+// The same of several rows, with weights in bf16, on the tensor cores. A block of threads has TILES times FAST_OUTPUTS outputs (with swiglu two tiles, gate's and up's) of up to
+// MMA_ROWS rows, and its warps share c, in steps. The weights of the first steps wait in shared memory for what the previous kernel makes of x. x is the sum of two numbers
+// of bf16, which leaves an error of 2^-17: what counts is to read the weights once, the second product is in their shadow.
+enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_ROUND = DECODE_WARPS * FAST_STEP, FAST_STEPS = 16, MANY_TILES = 4 };
+static int64_t fast_steps_bytes(void) { return FAST_STEPS * DECODE_THREADS * (int64_t)sizeof(uint4); }
+
+// In K a lane takes eight neighbours of both factors where the instruction's layout has four pairs: the order of a sum's terms is free.
+__device__ static inline void mma_of_eights(float d[4], const uint4 &low, const uint4 &high, const uint4 &right) {
+    const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}}, b[2][2] = {{right.x, right.y}, {right.z, right.w}};
+    mma_16816(d, a[0], b[0]);
+    mma_16816(d, a[1], b[1]);
+}
+
+__device__ static inline void read_eight(float x[8], const float *from, int there) {
+    if (there) read_numbers<8>(x, from, 8, 1);
+    else for (int i = 0; i < 8; i++) x[i] = 0;
+}
+__device__ static inline void split_eight(uint4 *first, uint4 *rest, const float x[8]) {
+    unsigned f[4], r[4];
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[i] = two_bf16(x[2 * i], x[2 * i + 1]);
+        r[i] = two_bf16(x[2 * i] - low_of(f[i]), x[2 * i + 1] - high_of(f[i]));
+    }
+    *first = make_uint4(f[0], f[1], f[2], f[3]);
+    *rest = make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+// grid: outputs, rows by MMA_ROWS
+template <int TILES>
+__global__ void __launch_bounds__(DECODE_THREADS) fast_linear_kernel(Linear<bf16> a) {
+    constexpr int AHEAD = TILES == 1 ? 4 : 2;       // steps whose x is asked for at once: a block waits less, or more blocks find registers
+    __shared__ float sums[DECODE_WARPS][MMA_ROWS][TILES * FAST_OUTPUTS], squares[DECODE_WARPS][MMA_ROWS];
+    extern __shared__ uint4 fast_shared[];      // weights (steps,TILES,threads)
+    const int c = (int)a.c, oc = (int)a.oc, warp = threadIdx.x / WARP, low = lane() / 4, outputs = (a.swiglu ? 1 : TILES) * FAST_OUTPUTS, o0 = blockIdx.x * outputs;
+    const int64_t r0 = (int64_t)blockIdx.y * MMA_ROWS;
+    const int rows = (int)min64(MMA_ROWS, a.rows - r0), begin = warp * FAST_STEP, k0 = begin + lane() % 4 * 8;
+    const int steps = begin < c ? (c - begin + FAST_ROUND - 1) / FAST_ROUND : 0, early = min32(steps, FAST_STEPS / TILES);
+    const bf16 *weight[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) weight[t] = a.weight + (a.swiglu ? (int64_t)t * oc + min32(o0 + low, oc - 1) : min32(o0 + t * FAST_OUTPUTS + low, oc - 1)) * c + k0;
+    #pragma unroll 1
+    for (int step = 0; step < early; step++)
+        #pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const int there = k0 + step * FAST_ROUND < c;
+            cp_async_16(fast_shared + (step * TILES + t) * DECODE_THREADS + threadIdx.x, there ? weight[t] + step * FAST_ROUND : a.weight, there ? 16 : 0);
+        }
+    cp_async_commit();
+    wait_for_previous();
+    cp_async_wait<0>();         // a lane's own, so that warps need not meet
+    float d[TILES][4] = {{0}}, square[2] = {0};
+    #pragma unroll 1
+    for (int step0 = 0; step0 < steps; step0 += AHEAD) {
+        float x[AHEAD][2][8];
+        #pragma unroll
+        for (int n = 0; n < AHEAD; n++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int k = k0 + (step0 + n) * FAST_ROUND, r = low + half * 8;
+                read_eight(x[n][half], a.x + (r0 + r) * c + k, r < rows && k < c);
+            }
+        #pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+            const int step = step0 + n, k = k0 + step * FAST_ROUND;
+            if (step >= steps) break;
+            float norm[8];
+            uint4 first[2], rest[2];
+            if (a.norm) read_eight(norm, a.norm + k, k < c);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                for (int i = 0; i < 8 && a.norm; i++) {
+                    square[half] += x[n][half][i] * x[n][half][i];
+                    x[n][half][i] *= norm[i];
+                }
+                split_eight(&first[half], &rest[half], x[n][half]);
+            }
+            #pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                uint4 w = {0, 0, 0, 0};
+                if (step < early) w = fast_shared[(step * TILES + t) * DECODE_THREADS + threadIdx.x];
+                else if (k < c) w = *(const uint4 *)(weight[t] + step * FAST_ROUND);
+                mma_of_eights(d[t], first[0], first[1], w);
+                mma_of_eights(d[t], rest[0], rest[1], w);
+            }
+        }
+    }
+    #pragma unroll
+    for (int t = 0; t < TILES; t++)
+        for (int e = 0; e < 4; e++) sums[warp][low + e / 2 * 8][t * FAST_OUTPUTS + lane() % 4 * 2 + e % 2] = d[t][e];
+    for (int half = 0; half < 2; half++) {
+        square[half] = quad_sum(square[half]);
+        if (lane() % 4 == 0) squares[warp][low + half * 8] = square[half];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * outputs; i += DECODE_THREADS) {
+        const int r = i / outputs, o = i % outputs;
+        if (o0 + o >= oc) continue;
+        float y = 0, up = 0, sum = 0;
+        for (int v = 0; v < DECODE_WARPS; v++) {
+            y += sums[v][r][o];
+            if (a.swiglu) up += sums[v][r][(TILES - 1) * FAST_OUTPUTS + o];
+            if (a.norm) sum += squares[v][r];
+        }
+        if (a.norm) {
+            const float scale = (float)(1 / sqrt((double)sum / (double)c + a.eps));
+            y *= scale, up *= scale;
+        }
+        const int64_t at = (r0 + r) * oc + o0 + o;
+        a.out[at] = (a.add ? a.add[at] : 0) + (a.swiglu ? y * sigmoid(y) * up : y);
+    }
+}
+
+// Whether it is done here: it is where there are several rows, of whole eights at multiples of 16 bytes. Many tiles, which read x less often, where as many blocks as fill the GPU are left.
+static int fast_linear(cudaStream_t, const Linear<float> *) { return 0; }
+static int fast_linear(cudaStream_t stream, const Linear<bf16> *a) {
+    if (a->rows == 1 || a->c % 8 || a->c > INT_MAX / 2 || a->oc > INT_MAX / 2 || ((uintptr_t)a->weight | (uintptr_t)a->norm | (uintptr_t)a->x) % 16) return 0;
+    const int many = !a->swiglu && a->oc >= (int64_t)MANY_TILES * FAST_OUTPUTS * 4 * gpu.multiProcessorCount, tiles = a->swiglu ? 2 : many ? (int)MANY_TILES : 1;
+    const int64_t steps = min64(FAST_STEPS / tiles, (a->c + FAST_ROUND - 1) / FAST_ROUND), bytes = steps * tiles * DECODE_THREADS * (int64_t)sizeof(uint4);
+    const dim3 blocks(grid(a->oc, (many ? MANY_TILES : 1) * FAST_OUTPUTS), grid(a->rows, MMA_ROWS));
+    launch(stream, tiles == 1 ? fast_linear_kernel<1> : tiles == 2 ? fast_linear_kernel<2> : fast_linear_kernel<MANY_TILES>, blocks, DECODE_THREADS, bytes, *a);
+    return 1;
+}
+
 template <typename F>
 static void linear(cudaStream_t stream, float *out, const float *add, const float *norm, double eps, const float *x, const F *weight,
                    int64_t rows, int64_t c, int64_t oc, int swiglu) {
     const Linear<F> a = {out, add, norm, x, weight, rows, c, oc, eps, swiglu};
+    if (fast_linear(stream, &a)) return;
     if (rows == 1) launch(stream, linear_kernel<F, 1>, grid(oc, WARPS), THREADS, 0, a);
     else launch(stream, linear_kernel<F, LINEAR_ROWS>, grid((rows + LINEAR_ROWS - 1) / LINEAR_ROWS * oc, WARPS), THREADS, 0, a);
 }
@@ -1177,7 +1303,7 @@ __global__ void __launch_bounds__(MOST_THREADS) select_kernel(int *block_idx, fl
 // (cp.async) and has its scores, for up to 16 heads, the rows of a matrix instruction (fewer: the other rows are zero); then each warp has some channels of the sum
 // over all warps' values. So no two warps have sums of the same numbers, which would have to be added up.
 
-enum { TILE_KEYS = 16, HALF_TILE = TILE_KEYS / 2, DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
+enum { TILE_KEYS = 16, HALF_TILE = TILE_KEYS / 2, ROUND_KEYS = DECODE_WARPS * TILE_KEYS, MOST_TEAM = 16 };
 enum { CHOICE_MEMBERS = 4, CHOICE_GROUPS = DECODE_THREADS / CHOICE_MEMBERS, CHOICE_WEIGHTS = 8192 };
 enum { TILE_CHUNKS = TILE_KEYS * MMA_ROWS / 8, LEFT_SHIFT = 15, TILES_AHEAD = 4 };       // of the weights that are left for the choice
 
@@ -1926,7 +2052,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, D == 192 ? 1 : 2) fast_selecte
 // Compression in one launch: the linear map of `flat`, x (members,l·D) · weight (outputs,l·D)ᵀ, for up to MMA_ROWS members of a set. MLP: the first layer, of which
 // a block of threads has FAST_OUTPUTS outputs; the last block to be done with its own makes the second layer. Else the convolution: as many outputs of the lower half
 // and those that lie half of all further, which RoPE turns together. Warps share K, in steps. Weights of the first steps wait in shared memory for what token_kernel flattens.
-enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_ROUND = DECODE_WARPS * FAST_STEP, FAST_STEPS = 16, AT_ONCE = 8 };
+enum { AT_ONCE = 8 };
 
 // Eight numbers at x, and so often `stride` further, as many times as there are, else zeros; they need not be aligned. All are asked for before one is used.
 __device__ static inline void load_eights(uint4 x[AT_ONCE], const bf16 *from, int stride, int count, int aligned) {
@@ -1942,13 +2068,6 @@ __device__ static inline void load_eights(uint4 x[AT_ONCE], const bf16 *from, in
         const auto two = [&](int i) { return n < count ? bits[i] | (unsigned)bits[i + 1] << 16 : 0; };
         x[n].x = two(0), x[n].y = two(2), x[n].z = two(4), x[n].w = two(6);
     }
-}
-
-// In K a lane takes eight neighbours of both factors where the instruction's layout has four pairs: the order of a sum's terms is free.
-__device__ static inline void mma_of_eights(float d[4], const uint4 &low, const uint4 &high, const uint4 &right) {
-    const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}}, b[2][2] = {{right.x, right.y}, {right.z, right.w}};
-    mma_16816(d, a[0], b[0]);
-    mma_16816(d, a[1], b[1]);
 }
 
 // The second layer for members m0 .. m0+rows-1 of a set, hidden (members,2D) · fc2 (D,2D)ᵀ, into the cache: a warp has FAST_OUTPUTS channels of the lower half and those that turn with them.
@@ -2177,8 +2296,6 @@ static void launch_attend(const Working *w, AttendCall a, int first, int second)
     else launch(w->stream, attend_kernel<F>, blocks, ATTEND_WARPS * WARP, attend_numbers(s) * (int64_t)sizeof(float), a);
 }
 
-static int64_t fast_compress_bytes(void) { return FAST_STEPS * DECODE_THREADS * (int64_t)sizeof(uint4); }
-
 template <typename F>
 static CompressStep<F> compress_step_of(const Decoder *d, int layer) {
     const Config *c = &d->model->config;
@@ -2204,7 +2321,7 @@ static void compress_step(Decoder *d, int layer) {
         if (a->fast && compress_has_weights(c->compress)) {
             const int mlp = compress_hidden(c->compress, D) > 0;
             launch(a->stream, mlp ? fast_compress_kernel<1> : fast_compress_kernel<0>, dim3(grid(mlp ? 2 * most : most / 2, FAST_OUTPUTS), 2 * (unsigned)sets, grid(step.members, MMA_ROWS)), DECODE_THREADS,
-                   fast_compress_bytes(), step);
+                   fast_steps_bytes(), step);
             return;
         }
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
@@ -2411,6 +2528,12 @@ static void allow_all_shared(Kernel *kernel, int64_t bytes) {
     CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
+static void allow_linear(void) {
+    allow_all_shared(fast_linear_kernel<1>, fast_steps_bytes());
+    allow_all_shared(fast_linear_kernel<2>, fast_steps_bytes());
+    allow_all_shared(fast_linear_kernel<MANY_TILES>, fast_steps_bytes());
+}
+
 // Blocks of threads that fit on the GPU at the same time.
 static int64_t blocks_at_once(int D) { return max64(1, (int64_t)gpu.sharedMemPerBlockOptin / ring_bytes(D)) * gpu.multiProcessorCount; }
 
@@ -2489,13 +2612,14 @@ void decoder_open(Decoder *d) {
     const DecodeShape s = decode_shape(d, 0);
     const int64_t numbers = attend_numbers(&s) * (int64_t)sizeof(float);
     const char *wide_heads = "attention with heads this wide", *cpu = "sample, on the CPU";
+    if (is_bf16(c)) allow_linear();
     if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (tier_of_model(c) == TIER_SIMPLE) return;
     allow_all_shared(dense_kernel_of(s.D), ring_bytes(s.D));
-    allow_all_shared(fast_compress_kernel<0>, fast_compress_bytes());
-    allow_all_shared(fast_compress_kernel<1>, fast_compress_bytes());
+    allow_all_shared(fast_compress_kernel<0>, fast_steps_bytes());
+    allow_all_shared(fast_compress_kernel<1>, fast_steps_bytes());
 }
 
 static void drop_graphs(Working *w) {

@@ -226,6 +226,57 @@ void test_bf16(void) {
     }
     printf("cached decoding in bf16: worst error of a text %.2g\n", worst);
 }
+
+// Linear maps of few rows against sums in double: norm, sum with another, SwiGLU; sizes that are no multiple of anything, and longer than what waits in shared memory.
+template <typename F>
+static F *numbers_at(int64_t n, uint64_t stream, F **device) {
+    F *x = (F *)xcalloc((size_t)n, sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = (F)(float)normal_at(7, stream, (uint64_t)i);
+    *device = (F *)device_malloc(n * (int64_t)sizeof *x);
+    to_device(*device, x, n * (int64_t)sizeof *x);
+    return x;
+}
+template <typename F>
+static void test_linear_of(int rows, int c, int oc, int normed, int added, int swiglu) {
+    const int64_t outputs = (int64_t)rows * oc;
+    float *at[4];
+    F *weight_at;
+    float *x = numbers_at((int64_t)rows * c, 1, &at[0]), *norm = numbers_at((int64_t)c, 2, &at[1]), *add = numbers_at(outputs, 3, &at[2]), *out = numbers_at(outputs, 4, &at[3]);
+    F *weight = numbers_at((int64_t)oc * (swiglu ? 2 : 1) * c, 5, &weight_at);
+    linear<F>(NULL, at[3], added ? at[2] : NULL, normed ? at[1] : NULL, 1e-5, at[0], weight_at, rows, c, oc, swiglu);
+    to_host(out, at[3], outputs * (int64_t)sizeof *out);
+    double difference = 0, all = 0;
+    for (int r = 0; r < rows; r++) {
+        double square = 0;
+        for (int j = 0; j < c; j++) square += (double)x[r * c + j] * (double)x[r * c + j];
+        const double scale = normed ? 1 / sqrt(square / c + 1e-5) : 1;
+        for (int o = 0; o < oc; o++) {
+            double sum[2] = {0, 0};
+            for (int part = 0; part <= swiglu; part++)
+                for (int j = 0; j < c; j++) sum[part] += (double)x[r * c + j] * (normed ? (double)norm[j] : 1) * (double)(float)weight[(int64_t)(part * oc + o) * c + j];
+            double y = sum[0] * scale;
+            if (swiglu) y = y / (1 + exp(-y)) * sum[1] * scale;
+            if (added) y += (double)add[r * oc + o];
+            difference += ((double)out[r * oc + o] - y) * ((double)out[r * oc + o] - y);
+            all += y * y;
+        }
+    }
+    const double error = sqrt(difference / all);
+    check(error < 1e-5, "linear, %s: %d rows of %d, %d outputs, norm %d, sum %d, SwiGLU %d: error %.3g", sizeof(F) == 2 ? "bf16" : "float", rows, c, oc, normed, added, swiglu, error);
+    for (float *p : at) CUDA(cudaFree(p));
+    CUDA(cudaFree(weight_at));
+    free(x), free(norm), free(add), free(out), free(weight);
+}
+void test_linear(void) {
+    static const int cases[][6] = {{1, 40, 5, 1, 0, 0}, {2, 8, 3, 0, 1, 0}, {3, 36, 10, 1, 0, 1}, {5, 13, 4, 1, 1, 0}, {9, 296, 33, 1, 1, 0}, {16, 776, 20, 1, 0, 1},
+                                   {17, 264, 9, 0, 0, 1}, {33, 4200, 8, 0, 1, 0}, {4, 2312, 7, 1, 0, 1}, {6, 1048, 70, 1, 0, 0}, {2, 64, 17500, 1, 0, 0}};
+    device_open();
+    allow_linear();
+    for (const auto &a : cases) {
+        test_linear_of<float>(a[0], a[1], a[2], a[3], a[4], a[5]);
+        test_linear_of<bf16>(a[0], a[1], a[2], a[3], a[4], a[5]);
+    }
+}
 #endif
 
 // Lines fed one after another are one text; room grows on the way.
@@ -353,6 +404,7 @@ int main(void) {
     program_name = "test_sample";
     setvbuf(stdout, NULL, _IOLBF, 0);
 #ifdef NSA_CU
+    test_linear();
     test_bf16();
 #endif
     test_decoding();
