@@ -370,7 +370,7 @@ void decode_token(Decoder *d, const int *tokens) {
 // read from memory; it is recorded anew only when the caches move to a larger place. There are two graphs: one token in d completes a
 // block of tokens that must be compressed, the others do without these kernels. All that is long is shared out among the whole GPU:
 //
-//     linear               a warp for each output reads its row of the weights once; of many texts and weights in bf16, the tensor cores
+//     linear               a warp for each output reads its row of the weights once; several texts with weights in bf16 go to the tensor cores
 //     token_kernel         gates, RoPE, the token's keys and values into the caches; where it completes a block of tokens, that block with its positions
 //     compress_step        such a block becomes a compressed key and value
 //     attention            a share of the keys, for the heads that have them in common; merge_kernel puts the shares together
@@ -690,11 +690,21 @@ struct Linear {
     int swiglu;
 };
 
+// RMSNorm's factor of a row whose squares add up to `square`.
+template <typename F>
+__device__ static inline float norm_scale(const Linear<F> *a, float square) { return (float)(1 / sqrt((double)square / (double)a->c + a->eps)); }
+// Output o of row r, of the scaled sum y, with swiglu gate's, and up's.
+template <typename F>
+__device__ static inline void put_output(const Linear<F> *a, int64_t r, int64_t o, float y, float up) {
+    const int64_t at = r * a->oc + o;
+    a->out[at] = (a->add ? a->add[at] : 0) + (a->swiglu ? y * sigmoid(y) * up : y);
+}
+
 template <int ROWS, typename F>
 __device__ static inline void warp_linear(float *y, const Linear<F> *a, const F *weight, int64_t r0, int rows) {
     float square[ROWS];
     warp_dots<ROWS>(y, square, weight, a->norm, a->x + r0 * a->c, rows, a->c);
-    for (int r = 0; r < ROWS && a->norm; r++) y[r] *= (float)(1 / sqrt((double)square[r] / (double)a->c + a->eps));
+    for (int r = 0; r < ROWS && a->norm; r++) y[r] *= norm_scale(a, square[r]);
 }
 
 template <typename F>
@@ -715,11 +725,8 @@ __global__ void linear_kernel(Linear<F> a) {
     float y[ROWS], up[ROWS];
     warp_linear<ROWS>(y, &a, a.weight + o * a.c, r0, rows);
     if (a.swiglu) warp_linear<ROWS>(up, &a, a.weight + (a.oc + o) * a.c, r0, rows);
-    for (int r = 0; r < ROWS; r++) {
-        if (lane() > 0 || r >= rows) continue;
-        const int64_t at = (r0 + r) * a.oc + o;
-        a.out[at] = (a.add ? a.add[at] : 0) + (a.swiglu ? y[r] * sigmoid(y[r]) * up[r] : y[r]);
-    }
+    for (int r = 0; r < ROWS; r++)
+        if (lane() == 0 && r < rows) put_output(&a, r0 + r, o, y[r], a.swiglu ? up[r] : 0);
 }
 
 // The same of several rows, with weights in bf16, on the tensor cores. A block of threads has TILES times FAST_OUTPUTS outputs (with swiglu two tiles, gate's and up's) of up to
@@ -735,10 +742,12 @@ __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const 
     mma_16816(d, a[1], b[1]);
 }
 
+// Zeros where nothing is there.
 __device__ static inline void read_eight(float x[8], const float *from, int there) {
     if (there) read_numbers<8>(x, from, 8, 1);
     else for (int i = 0; i < 8; i++) x[i] = 0;
 }
+// x = first + rest, of bf16 each, as mma_of_eights takes them.
 __device__ static inline void split_eight(uint4 *first, uint4 *rest, const float x[8]) {
     unsigned f[4], r[4];
     #pragma unroll
@@ -826,12 +835,8 @@ __global__ void __launch_bounds__(DECODE_THREADS) fast_linear_kernel(Linear<bf16
             if (a.swiglu) up += sums[v][r][(TILES - 1) * FAST_OUTPUTS + o];
             if (a.norm) sum += squares[v][r];
         }
-        if (a.norm) {
-            const float scale = (float)(1 / sqrt((double)sum / (double)c + a.eps));
-            y *= scale, up *= scale;
-        }
-        const int64_t at = (r0 + r) * oc + o0 + o;
-        a.out[at] = (a.add ? a.add[at] : 0) + (a.swiglu ? y * sigmoid(y) * up : y);
+        const float scale = a.norm ? norm_scale(&a, sum) : 1;
+        put_output(&a, r0 + r, o0 + o, y * scale, up * scale);
     }
 }
 
@@ -2612,8 +2617,7 @@ void decoder_open(Decoder *d) {
     const DecodeShape s = decode_shape(d, 0);
     const int64_t numbers = attend_numbers(&s) * (int64_t)sizeof(float);
     const char *wide_heads = "attention with heads this wide", *cpu = "sample, on the CPU";
-    if (is_bf16(c)) allow_linear();
-    if (is_bf16(c)) allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
+    if (is_bf16(c)) allow_linear(), allow_shared(attend_kernel<bf16>, numbers, wide_heads, cpu);
     else allow_shared(attend_kernel<float>, numbers, wide_heads, cpu);
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (tier_of_model(c) == TIER_SIMPLE) return;

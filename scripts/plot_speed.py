@@ -85,9 +85,9 @@ def draw_lines(axes, lines):
 
 
 def draw_training(axes, speeds, peers, title):
-    in_thousands = [(*NAMES[kind], "-", of_length) for kind, of_length in speeds.items()]
-    in_thousands += [(name, PEERS[i % len(PEERS)], "--", of_length) for i, (name, of_length) in enumerate(peers)]
-    draw_lines(axes, [(name, color, style, {t: rate / 1e3 for t, rate in of_length.items()}) for name, color, style, of_length in in_thousands])
+    lines = [(*NAMES[kind], "-", of_length) for kind, of_length in speeds.items()]
+    lines += [(name, PEERS[i % len(PEERS)], "--", of_length) for i, (name, of_length) in enumerate(peers)]
+    draw_lines(axes, [(name, color, style, {t: rate / 1e3 for t, rate in of_length.items()}) for name, color, style, of_length in lines])
     for t in sorted(set(speeds.get("nsa", {})) & set(speeds.get("full", {}))):
         ratio = speeds["nsa"][t] / speeds["full"][t]
         axes.annotate(f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.0f}x", (t, speeds["nsa"][t] / 1e3), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=NAMES["nsa"][1])
@@ -113,7 +113,6 @@ def main():
     args = parser.parse_args()
     speeds = read_table(args.table)
     peers = [read_peer(text) for text in args.peer]
-
     attention = read_attention(args.attention) if args.attention else None
 
     with plt.rc_context(STYLE):
