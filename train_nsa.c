@@ -510,19 +510,30 @@ void comm_listen(Watch *w) {
     watch(w);
 }
 
+// Whether the other side has closed a connection, and nothing that it sent before waits to be read.
+static int has_closed(int fd) {
+    char byte;
+    const ssize_t n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+}
+
+// A rank that ends before all have what it owes them takes the others down, one after the other. So a rank that has ended, though
+// nothing is owed to or by it here, is remembered in ended (ranks): if then another one is missed, it was the first.
 static void exchange_sockets(Parcel *p, Watch *w) {
     struct pollfd *fds = (struct pollfd *)xcalloc((size_t)comm.ranks, sizeof *fds);
+    char *ended = (char *)xcalloc((size_t)comm.ranks, 1);
     for (;;) {
         int64_t left = 0;
         for (int r = 0; r < comm.ranks; r++) {
-            fds[r].fd = comm.sockets[r];
+            fds[r].fd = ended[r] ? -1 : comm.sockets[r];
             fds[r].events = (short)(POLLPRI | (p[r].in_bytes ? POLLIN : 0) | (p[r].out_bytes ? POLLOUT : 0));
             left += p[r].in_bytes + p[r].out_bytes;
         }
         if (!left) break;
-        if (poll(fds, (nfds_t)comm.ranks, 100) < 0 && errno != EINTR) die(1, "cannot wait for the other ranks: %s", strerror(errno));
+        const int ready = poll(fds, (nfds_t)comm.ranks, 100);
+        if (ready < 0 && errno != EINTR) die(1, "cannot wait for the other ranks: %s", strerror(errno));
         for (int r = 0; r < comm.ranks; r++) {
-            if (fds[r].fd < 0 || !fds[r].revents) continue;
+            if (fds[r].fd < 0 || (ready > 0 && !fds[r].revents)) continue;
             ssize_t in = -1, out = -1;
             char sign;
             if ((fds[r].revents & POLLPRI) && recv(fds[r].fd, &sign, 1, MSG_OOB | MSG_DONTWAIT) == 1) heard_sign(w, r, sign);
@@ -531,14 +542,15 @@ static void exchange_sockets(Parcel *p, Watch *w) {
             if (in != 0 && p[r].out_bytes && (out = send(fds[r].fd, p[r].out, (size_t)p[r].out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)) > 0)
                 p[r].out += out, p[r].out_bytes -= out;
             if (in > 0 || out > 0) w->since = now_seconds();
+            else if (!p[r].in_bytes && !p[r].out_bytes) ended[r] = (char)has_closed(fds[r].fd);
             else if (in == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
-                char *gone = (char *)xcalloc((size_t)comm.ranks, 1);
-                gone[r] = 1;
-                comm_lost(gone, "has ended");
+                if (!memchr(ended, 1, (size_t)comm.ranks)) ended[r] = 1;
+                comm_lost(ended, "ended before the others");
             }
         }
         watch(w);
     }
+    free(ended);
     free(fds);
 }
 

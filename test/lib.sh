@@ -22,6 +22,9 @@ check() {
     if "$@" > check.txt 2>&1; then ok; else not_ok "$name: $*"; head -n 5 check.txt; fi
 }
 
+# says FILE PATTERN: for check, which then tells what the file says instead
+says() { grep -q -e "$2" "$1" || { cat "$1"; return 1; }; }
+
 # good OPTIONS...: the program runs, exits with 0 and says nothing on stderr; its output is in out.txt
 good() {
     "$TRAIN" "$@" > out.txt 2> err.txt

@@ -2,6 +2,8 @@
 // training, UTF-8 and the tokenizer. Run from the root of the repository:
 //     make build/test_io && build/test_io
 
+#include <sys/wait.h>
+
 #define NSA_NO_MAIN
 #include "../train_nsa.c"
 #include "test/check.h"
@@ -615,6 +617,71 @@ void test_tokenizer(void) {
     check_error(tokenizer_open(&t, folder, err), err, "is a folder", "a folder");
 }
 
+// ----------------------------------------------------------------------------
+
+// Rank 0 exchanges a byte with the ranks 1 and 2, who behave as told: each waits, gives its byte or not, waits and ends.
+// What rank 0 says then is in `said`; its exit code is returned.
+typedef struct Peer { int give; useconds_t before, after; } Peer;
+
+int exchange_with(const Peer peers[2], char *said, size_t size) {
+    int to[3][2], out[2];
+    pid_t pid[3];
+    fflush(stdout);
+    if (pipe(out) < 0) die(1, "pipe: %s", strerror(errno));
+    for (int r = 1; r < 3; r++) if (socketpair(AF_UNIX, SOCK_STREAM, 0, to[r]) < 0) die(1, "socketpair: %s", strerror(errno));
+    for (int r = 0; r < 3; r++) {
+        pid[r] = fork();
+        if (pid[r] < 0) die(1, "fork: %s", strerror(errno));
+        if (pid[r]) continue;
+        for (int other = 1; other < 3; other++) {   // a connection ends when nobody holds it
+            close(to[other][r == 0]);
+            if (r && other != r) close(to[other][1]);
+        }
+        if (r) {
+            const Peer *peer = &peers[r - 1];
+            usleep(peer->before);
+            const int gave = !peer->give || write(to[r][1], "", 1) == 1;
+            usleep(peer->after);
+            _exit(!gave);
+        }
+        int sockets[3] = {-1, to[1][0], to[2][0]};
+        char in[3], byte = 0;
+        dup2(out[1], 2);
+        comm.rank = 0, comm.ranks = 3, comm.sockets = sockets, comm.started = 1;
+        comm_gather(in, &byte, 1);
+        _exit(0);
+    }
+    for (int r = 1; r < 3; r++) close(to[r][0]), close(to[r][1]);
+    close(out[1]);
+    const ssize_t n = read(out[0], said, size - 1);
+    said[n > 0 ? n : 0] = 0;
+    close(out[0]);
+    int status = 0, code = -1;
+    for (int r = 2; r >= 0; r--) {
+        waitpid(pid[r], &status, 0);
+        code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+        if (r) check(code == 0, "rank %d: exit %d", r, code);
+    }
+    return code;
+}
+
+// A rank that ends takes the others with it, seconds later. It is the first that has to be named.
+void test_ranks(void) {
+    const struct { Peer peers[2]; int code; const char *said; } cases[] = {
+        {{{1, 0, 200000}, {1, 100000, 0}}, 0, ""},
+        {{{1, 0, 0}, {1, 300000, 0}}, 0, ""},                                   // it had given what it had to
+        {{{0, 100000, 0}, {1, 0, 400000}}, 1, ": rank 1 ended before the others:"},
+        {{{1, 0, 400000}, {0, 100000, 0}}, 1, ": rank 2 ended before the others:"},
+        {{{1, 0, 0}, {0, 400000, 0}}, 1, ": rank 1 ended before the others:"},                // rank 2 because of rank 1
+        {{{0, 400000, 0}, {1, 0, 0}}, 1, ": rank 2 ended before the others:"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char said[512];
+        const int code = exchange_with(cases[i].peers, said, sizeof said);
+        check(code == cases[i].code && strstr(said, cases[i].said) && (code || !said[0]), "ranks, case %zu: exit %d, \"%s\"", i, code, said);
+    }
+}
+
 int main(void) {
     const char *base = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%s/test_io_XXXXXX", base && strlen(base) < 200 ? base : "/tmp");
@@ -626,6 +693,7 @@ int main(void) {
     test_order();
     test_utf8();
     test_tokenizer();
+    test_ranks();
     FileList files;
     char err[ERR_LEN], *all = format("%s/*", folder);
     if (file_list(&files, all, err) == 0) {
