@@ -733,7 +733,7 @@ __global__ void linear_kernel(Linear<F> a) {
 // MMA_ROWS rows, and its warps share c, in steps. The weights of the first steps wait in shared memory for what the previous kernel makes of x. x is the sum of two numbers
 // of bf16, which leaves an error of 2^-17: what counts is to read the weights once, the second product is in their shadow.
 enum { FAST_OUTPUTS = 8, FAST_STEP = 32, FAST_ROUND = DECODE_WARPS * FAST_STEP, FAST_STEPS = 16, MANY_TILES = 4 };
-static int64_t fast_steps_bytes(void) { return FAST_STEPS * DECODE_THREADS * (int64_t)sizeof(uint4); }
+static int64_t fast_steps_bytes(int64_t steps) { return steps * DECODE_THREADS * (int64_t)sizeof(uint4); }
 
 // In K a lane takes eight neighbours of both factors where the instruction's layout has four pairs: the order of a sum's terms is free.
 __device__ static inline void mma_of_eights(float d[4], const uint4 &low, const uint4 &high, const uint4 &right) {
@@ -845,9 +845,9 @@ static int fast_linear(cudaStream_t, const Linear<float> *) { return 0; }
 static int fast_linear(cudaStream_t stream, const Linear<bf16> *a) {
     if (a->rows == 1 || a->c % 8 || a->c > INT_MAX / 2 || a->oc > INT_MAX / 2 || ((uintptr_t)a->weight | (uintptr_t)a->norm | (uintptr_t)a->x) % 16) return 0;
     const int many = !a->swiglu && a->oc >= (int64_t)MANY_TILES * FAST_OUTPUTS * 4 * gpu.multiProcessorCount, tiles = a->swiglu ? 2 : many ? (int)MANY_TILES : 1;
-    const int64_t steps = min64(FAST_STEPS / tiles, (a->c + FAST_ROUND - 1) / FAST_ROUND), bytes = steps * tiles * DECODE_THREADS * (int64_t)sizeof(uint4);
+    const int64_t steps = min64(FAST_STEPS / tiles, (a->c + FAST_ROUND - 1) / FAST_ROUND);
     const dim3 blocks(grid(a->oc, (many ? MANY_TILES : 1) * FAST_OUTPUTS), grid(a->rows, MMA_ROWS));
-    launch(stream, tiles == 1 ? fast_linear_kernel<1> : tiles == 2 ? fast_linear_kernel<2> : fast_linear_kernel<MANY_TILES>, blocks, DECODE_THREADS, bytes, *a);
+    launch(stream, tiles == 1 ? fast_linear_kernel<1> : tiles == 2 ? fast_linear_kernel<2> : fast_linear_kernel<MANY_TILES>, blocks, DECODE_THREADS, fast_steps_bytes(steps * tiles), *a);
     return 1;
 }
 
@@ -2326,7 +2326,7 @@ static void compress_step(Decoder *d, int layer) {
         if (a->fast && compress_has_weights(c->compress)) {
             const int mlp = compress_hidden(c->compress, D) > 0;
             launch(a->stream, mlp ? fast_compress_kernel<1> : fast_compress_kernel<0>, dim3(grid(mlp ? 2 * most : most / 2, FAST_OUTPUTS), 2 * (unsigned)sets, grid(step.members, MMA_ROWS)), DECODE_THREADS,
-                   fast_steps_bytes(), step);
+                   fast_steps_bytes(FAST_STEPS), step);
             return;
         }
     if (compress_hidden(c->compress, D)) launch(a->stream, hidden_kernel<F>, dim3(grid(2 * most, WARPS), 2 * (unsigned)sets), THREADS, 0, step);
@@ -2534,9 +2534,9 @@ static void allow_all_shared(Kernel *kernel, int64_t bytes) {
 }
 
 static void allow_linear(void) {
-    allow_all_shared(fast_linear_kernel<1>, fast_steps_bytes());
-    allow_all_shared(fast_linear_kernel<2>, fast_steps_bytes());
-    allow_all_shared(fast_linear_kernel<MANY_TILES>, fast_steps_bytes());
+    allow_all_shared(fast_linear_kernel<1>, fast_steps_bytes(FAST_STEPS));
+    allow_all_shared(fast_linear_kernel<2>, fast_steps_bytes(FAST_STEPS));
+    allow_all_shared(fast_linear_kernel<MANY_TILES>, fast_steps_bytes(FAST_STEPS));
 }
 
 // Blocks of threads that fit on the GPU at the same time.
@@ -2622,8 +2622,8 @@ void decoder_open(Decoder *d) {
     allow_shared(select_kernel, s.G * (int64_t)sizeof(float), "selection for so many heads on a KV head", cpu);
     if (tier_of_model(c) == TIER_SIMPLE) return;
     allow_all_shared(dense_kernel_of(s.D), ring_bytes(s.D));
-    allow_all_shared(fast_compress_kernel<0>, fast_steps_bytes());
-    allow_all_shared(fast_compress_kernel<1>, fast_steps_bytes());
+    allow_all_shared(fast_compress_kernel<0>, fast_steps_bytes(FAST_STEPS));
+    allow_all_shared(fast_compress_kernel<1>, fast_steps_bytes(FAST_STEPS));
 }
 
 static void drop_graphs(Working *w) {

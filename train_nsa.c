@@ -517,15 +517,15 @@ static int has_closed(int fd) {
     return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
 }
 
-// A rank that ends before all have what it owes them takes the others down, one after the other. So a rank that has ended, though
-// nothing is owed to or by it here, is remembered in ended (ranks): if then another one is missed, it was the first.
+// A rank that ends before all have what it owes them takes the others down, one after the other. So the first that is seen to have ended
+// is remembered, though nothing is owed to or by it here: when another one is missed, that was why.
 static void exchange_sockets(Parcel *p, Watch *w) {
     struct pollfd *fds = (struct pollfd *)xcalloc((size_t)comm.ranks, sizeof *fds);
-    char *ended = (char *)xcalloc((size_t)comm.ranks, 1);
+    int first = -1;
     for (;;) {
         int64_t left = 0;
         for (int r = 0; r < comm.ranks; r++) {
-            fds[r].fd = ended[r] ? -1 : comm.sockets[r];
+            fds[r].fd = comm.sockets[r];
             fds[r].events = (short)(POLLPRI | (p[r].in_bytes ? POLLIN : 0) | (p[r].out_bytes ? POLLOUT : 0));
             left += p[r].in_bytes + p[r].out_bytes;
         }
@@ -542,15 +542,15 @@ static void exchange_sockets(Parcel *p, Watch *w) {
             if (in != 0 && p[r].out_bytes && (out = send(fds[r].fd, p[r].out, (size_t)p[r].out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)) > 0)
                 p[r].out += out, p[r].out_bytes -= out;
             if (in > 0 || out > 0) w->since = now_seconds();
-            else if (!p[r].in_bytes && !p[r].out_bytes) ended[r] = (char)has_closed(fds[r].fd);
+            else if (!p[r].in_bytes && !p[r].out_bytes) first = first < 0 && has_closed(fds[r].fd) ? r : first;
             else if (in == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
-                if (!memchr(ended, 1, (size_t)comm.ranks)) ended[r] = 1;
-                comm_lost(ended, "ended before the others");
+                char *gone = (char *)xcalloc((size_t)comm.ranks, 1);
+                gone[first < 0 ? r : first] = 1;
+                comm_lost(gone, "has ended");
             }
         }
         watch(w);
     }
-    free(ended);
     free(fds);
 }
 

@@ -14,6 +14,7 @@ SPDX-License-Identifier: MIT
 #include <cupti.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { BUFFER = 8 << 20, ALIGN = 8 };
 
@@ -25,7 +26,7 @@ static void stop(const char *what, CUptiResult result) {
     const char *why = "?";
     cuptiGetResultString(result, &why);
     fprintf(stderr, "trace: %s: %s\n", what, why);
-    exit(1);
+    _exit(1);       // this may be within exit already
 }
 #define CUPTI(call) do { const CUptiResult result = (call); if (result != CUPTI_SUCCESS) stop(#call, result); } while (0)
 

@@ -617,8 +617,6 @@ void test_tokenizer(void) {
     check_error(tokenizer_open(&t, folder, err), err, "is a folder", "a folder");
 }
 
-// ----------------------------------------------------------------------------
-
 // Rank 0 exchanges a byte with the ranks 1 and 2, who behave as told: each waits, gives its byte or not, waits and ends.
 // What rank 0 says then is in `said`; its exit code is returned.
 typedef struct Peer { int give; useconds_t before, after; } Peer;
@@ -670,10 +668,10 @@ void test_ranks(void) {
     const struct { Peer peers[2]; int code; const char *said; } cases[] = {
         {{{1, 0, 200000}, {1, 100000, 0}}, 0, ""},
         {{{1, 0, 0}, {1, 300000, 0}}, 0, ""},                                   // it had given what it had to
-        {{{0, 100000, 0}, {1, 0, 400000}}, 1, ": rank 1 ended before the others:"},
-        {{{1, 0, 400000}, {0, 100000, 0}}, 1, ": rank 2 ended before the others:"},
-        {{{1, 0, 0}, {0, 400000, 0}}, 1, ": rank 1 ended before the others:"},                // rank 2 because of rank 1
-        {{{0, 400000, 0}, {1, 0, 0}}, 1, ": rank 2 ended before the others:"},
+        {{{0, 100000, 0}, {1, 0, 400000}}, 1, ": rank 1 has ended:"},
+        {{{1, 0, 400000}, {0, 100000, 0}}, 1, ": rank 2 has ended:"},
+        {{{1, 0, 0}, {0, 400000, 0}}, 1, ": rank 1 has ended:"},                // rank 2 because of rank 1
+        {{{0, 400000, 0}, {1, 0, 0}}, 1, ": rank 2 has ended:"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char said[512];

@@ -217,7 +217,7 @@ fault() { # NAME HOW SIGNAL RANK FRAGMENT
     good -i text.txt -m 2 -t 32 -b 2 -x 0 -e "$run/latest"
     good -y -o "$run" -x $(($(readlink "$run/latest" | sed 's/step_0*//') + 1))
 }
-free_port; fault killed.tcp $tcp KILL 1 'rank 1 ended before the others'
+free_port; fault killed.tcp $tcp KILL 1 'rank 1 has ended'
 free_port; fault stopped.tcp $tcp STOP 0 'rank 0 gave no sign of life for 10 s'
 if [ -n "$mpi" ]; then
     fault killed.mpi mpi KILL 1 ''      # mpirun says which
